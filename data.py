@@ -1,0 +1,230 @@
+"""The images: CIFAR-10, or a synthetic stand-in of the same shapes.
+
+Download CIFAR-10 ahead of time with `python data.py [--data_root DIR]`.
+"""
+
+import argparse
+import queue
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from filelock import FileLock  # comes with torch
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+
+DATA_ROOT = "/tmp/nvflare/data"
+CIFAR10_FOLDER = "cifar-10-batches-py"  # torchvision's name for it
+DECODED_FILE = "cifar10-uint8.pt"  # ours: see load_cifar10
+SIZES = {"cifar10": (50_000, 10_000), "synthetic": (5_000, 1_000)}  # training and test images
+DOWNLOAD_TIMEOUT = 15  # seconds of silence
+
+
+class DataError(Exception):
+    """The images can't be had. The message is one line: what is wrong and what to do."""
+
+
+class DownloadError(DataError):
+    """CIFAR-10 isn't here and can't be downloaded."""
+
+
+def load_data(
+    dataset: str, data_root: str, train_size: int | None = None, test_size: int | None = None, seed: int = 0
+) -> tuple[TensorDataset, TensorDataset]:
+    """Return the training and the test images, each as (images, labels).
+
+    Images are uint8 (N, 3, 32, 32) in [0, 255], labels int64 (N,) in [0, 9].
+
+    Args:
+        dataset: "cifar10" or "synthetic".
+        data_root: the folder of CIFAR-10, which is downloaded if it isn't there.
+        train_size, test_size: use only the first so many images; None means all.
+        seed: seed of the synthetic images.
+
+    Raises:
+        DataError: CIFAR-10 can't be downloaded, read or stored.
+    """
+    if dataset == "synthetic":
+        generator = torch.Generator().manual_seed(seed)
+        patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), size=32, mode="bicubic")
+        train_set = draw_images(patterns, train_size or SIZES[dataset][0], generator)
+        test_set = draw_images(patterns, test_size or SIZES[dataset][1], generator)
+    else:
+        cifar10 = load_cifar10(Path(data_root))
+        train_set = TensorDataset(*(tensor[:train_size] for tensor in cifar10["train"]))
+        test_set = TensorDataset(*(tensor[:test_size] for tensor in cifar10["test"]))
+    return train_set, test_set
+
+
+def make_loader(dataset: TensorDataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
+    """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
+
+    With a generator, each epoch has an order of its own; without one the images keep theirs.
+    """
+    sampler = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    # Given whole batches of indices, the loader indexes the tensors once a batch, not once an image.
+    return DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=scale)
+
+
+def scale(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale the images from [0, 255] to [-1, 1], CIFAR-10's mean 0.5 and standard deviation 0.5."""
+    images, labels = batch
+    return images.float().div_(127.5).sub_(1), labels
+
+
+def draw_images(patterns: torch.Tensor, count: int, generator: torch.Generator) -> TensorDataset:
+    """Draw synthetic images: each shows the pattern of its class, shifted, faint or strong, under noise.
+
+    Args:
+        patterns: float32 (10, 3, 32, 32), one a class, of mean 0 and standard deviation about 1.
+    """
+    labels = torch.randint(10, (count,), generator=generator)
+    images = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
+    for image, label in zip(images, labels):
+        shift = torch.randint(32, (2,), generator=generator).tolist()
+        contrast = 20 + 40 * torch.rand(1, generator=generator)
+        noise = 120 * torch.randn(3, 32, 32, generator=generator)
+        pattern = patterns[label].roll(shift, dims=(1, 2))
+        image.copy_((127.5 + contrast * pattern + noise).clamp(0, 255))
+    return TensorDataset(images, labels)
+
+
+def choose_dataset(dataset: str, data_root: str) -> str:
+    """Get the images ready before any client wants them; turn "auto" into "cifar10" or "synthetic".
+
+    Raises:
+        DataError: see load_data; "auto" raises it only for a CIFAR-10 that is there, but unusable.
+    """
+    if dataset == "synthetic":
+        return "synthetic"
+    try:
+        load_cifar10(Path(data_root))
+    except DownloadError as error:
+        if dataset == "cifar10":
+            raise
+        print(f"\n{'!' * 100}\nWARNING: training on SYNTHETIC images. {error}\n{'!' * 100}\n", file=sys.stderr)
+        return "synthetic"
+    return "cifar10"
+
+
+def load_cifar10(root: Path) -> dict[str, list[torch.Tensor]]:
+    """Return CIFAR-10 as {"train": [images, labels], "test": [images, labels]}; see load_data.
+
+    The images are decoded once, to a file that all processes of a machine map into memory and share.
+    """
+    decoded = root / DECODED_FILE
+
+    def map_decoded():
+        try:
+            if all(decoded.stat().st_mtime >= batch.stat().st_mtime for batch in root.glob(f"{CIFAR10_FOLDER}/*")):
+                return torch.load(decoded, mmap=True, weights_only=True)
+        except (OSError, RuntimeError):  # missing, or cut short
+            pass
+        return None
+
+    if (cifar10 := map_decoded()) is None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / "cifar10.lock"):  # of many processes that want it, one gets it for all
+                if (cifar10 := map_decoded()) is None:
+                    cifar10 = decode_cifar10(root)
+                    torch.save(cifar10, decoded.with_suffix(".unfinished"))
+                    decoded.with_suffix(".unfinished").replace(decoded)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"can't write to {root} ({error}): choose another --data_root") from error
+    return cifar10
+
+
+def decode_cifar10(root: Path) -> dict[str, list[torch.Tensor]]:
+    """Read CIFAR-10 through torchvision, which checks every file; download what is missing or damaged."""
+    from torchvision.datasets import CIFAR10  # here, since whoever maps the decoded file does without it
+
+    def read_files():
+        return {name: CIFAR10(root, train=name == "train") for name in ("train", "test")}
+
+    try:
+        try:
+            parts = read_files()
+        except RuntimeError:  # torchvision: "not found or corrupted"
+            download_cifar10(root)
+            parts = read_files()
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        damaged = root / CIFAR10_FOLDER
+        raise DataError(f"CIFAR-10 in {damaged} is damaged ({error}): delete that folder and run again") from error
+    return {
+        name: [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
+        for name, part in parts.items()
+    }
+
+
+def download_cifar10(root: Path) -> None:
+    """Download and unpack CIFAR-10 (170 MB), unless its server is silent for DOWNLOAD_TIMEOUT.
+
+    Raises:
+        DownloadError: it can't be downloaded, and none of it was here.
+        DataError: the files here are damaged, and it can't be downloaded again.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    try:
+        if not check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5):
+            wait_for_answer(CIFAR10.url)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+        CIFAR10(root, download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        if (damaged := root / CIFAR10_FOLDER).exists():
+            raise DataError(
+                f"CIFAR-10 in {damaged} is damaged and can't be downloaded again ({error}): delete that folder"
+            ) from error
+        raise DownloadError(
+            f"CIFAR-10 is not in {root} and can't be downloaded ({error}): "
+            "go online, or name a folder that has it with --data_root, or use --dataset synthetic"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def wait_for_answer(url: str) -> None:
+    """Return when the server of url answers; raise OSError when it can't be reached or is silent."""
+    answer = queue.SimpleQueue()
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=DOWNLOAD_TIMEOUT).close()
+            answer.put(None)
+        except urllib.error.HTTPError:  # an answer, whatever it says
+            answer.put(None)
+        except OSError as error:
+            answer.put(error)
+
+    # In a thread of its own, since a silent name server holds up urlopen beyond its timeout.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = answer.get(timeout=DOWNLOAD_TIMEOUT)
+    except queue.Empty:
+        error = TimeoutError(f"no answer within {DOWNLOAD_TIMEOUT} s")
+    if error:
+        raise error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Download CIFAR-10, check it and decode it, ahead of a run.")
+    parser.add_argument("--data_root", metavar="DIR", default=DATA_ROOT, help="folder to keep it in (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        train_set, test_set = load_data("cifar10", args.data_root)
+    except DataError as error:
+        sys.exit(f"data.py: error: {error}")
+    print(f"CIFAR-10 is ready in {args.data_root}: {len(train_set)} training and {len(test_set)} test images")
+
+
+if __name__ == "__main__":
+    main()
