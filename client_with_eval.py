@@ -14,6 +14,7 @@ from model import SimpleNetwork
 
 BEST_LOCAL_MODEL = Path("best_local_model.pt")  # in this site's folder of the job: a restarted client finds it
 
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train SimpleNetwork on one site; job.py sets the flags.")
     parser.add_argument("--epochs", type=int, default=2)

@@ -28,8 +28,8 @@ class DataError(Exception):
     """The images can't be had. The message is one line: what is wrong and what to do."""
 
 
-class DownloadError(DataError):
-    """CIFAR-10 isn't here and can't be downloaded."""
+class UnavailableError(DataError):
+    """CIFAR-10 is missing or damaged, and can't be downloaded."""
 
 
 def load_data(
@@ -98,13 +98,13 @@ def choose_dataset(dataset: str, data_root: str) -> str:
     """Get the images ready before any client wants them; turn "auto" into "cifar10" or "synthetic".
 
     Raises:
-        DataError: see load_data; "auto" raises it only for a CIFAR-10 that is there, but unusable.
+        DataError: see load_data; for "auto" only if data_root can't be written.
     """
     if dataset == "synthetic":
         return "synthetic"
     try:
         load_cifar10(Path(data_root))
-    except DownloadError as error:
+    except UnavailableError as error:
         if dataset == "cifar10":
             raise
         print(f"\n{'!' * 100}\nWARNING: training on SYNTHETIC images. {error}\n{'!' * 100}\n", file=sys.stderr)
@@ -157,7 +157,7 @@ def decode_cifar10(root: Path) -> dict[str, list[torch.Tensor]]:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         damaged = root / CIFAR10_FOLDER
-        raise DataError(f"CIFAR-10 in {damaged} is damaged ({error}): delete that folder and run again") from error
+        raise UnavailableError(f"CIFAR-10 in {damaged} is damaged ({error}): delete that folder, run again") from error
     return {
         name: [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
         for name, part in parts.items()
@@ -168,8 +168,7 @@ def download_cifar10(root: Path) -> None:
     """Download and unpack CIFAR-10 (170 MB), unless its server is silent for DOWNLOAD_TIMEOUT.
 
     Raises:
-        DownloadError: it can't be downloaded, and none of it was here.
-        DataError: the files here are damaged, and it can't be downloaded again.
+        UnavailableError: it can't be downloaded.
     """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
@@ -180,13 +179,11 @@ def download_cifar10(root: Path) -> None:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
         CIFAR10(root, download=True)
     except (OSError, RuntimeError, EOFError) as error:
-        if (damaged := root / CIFAR10_FOLDER).exists():
-            raise DataError(
-                f"CIFAR-10 in {damaged} is damaged and can't be downloaded again ({error}): delete that folder"
-            ) from error
-        raise DownloadError(
-            f"CIFAR-10 is not in {root} and can't be downloaded ({error}): "
-            "go online, or name a folder that has it with --data_root, or use --dataset synthetic"
+        here = root / CIFAR10_FOLDER
+        found, remedy = ("damaged", f"delete {here}") if here.exists() else ("missing", "go online")
+        raise UnavailableError(
+            f"CIFAR-10 in {root} is {found} and can't be downloaded ({error}): {remedy}, "
+            "or name a folder that has it with --data_root, or choose --dataset synthetic"
         ) from error
     finally:
         socket.setdefaulttimeout(None)
@@ -217,7 +214,7 @@ def wait_for_answer(url: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Download CIFAR-10, check it and decode it, ahead of a run.")
-    parser.add_argument("--data_root", metavar="DIR", default=DATA_ROOT, help="folder to keep it in (default: %(default)s)")
+    parser.add_argument("--data_root", metavar="DIR", default=DATA_ROOT, help="where to (default: %(default)s)")
     args = parser.parse_args()
     try:
         train_set, test_set = load_data("cifar10", args.data_root)

@@ -8,7 +8,10 @@ import re
 import shlex
 import statistics
 import sys
+import warnings
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="NVFlare reserves '--export'")  # --help tells about them
 
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
@@ -24,7 +27,8 @@ from model import SimpleNetwork
 HERE = Path(__file__).resolve().parent
 JOB_NAME = "hello-pt"
 FINAL_MODEL, BEST_MODEL = "FL_global_model.pt", "best_FL_global_model.pt"  # NVFlare's names
-FORMATS = {"train_loss": "{:.4f}", "accuracy": "{:6.2f} %"}  # of the metrics in the tables
+FORMATS = {"train_loss": "{:.4f}", "accuracy": "{:.2f} %"}  # of the metrics in the tables
+GPU_GROUP = r"(?:\d+|\[\d+(?:,\d+)*\])"
 EXPORTING = "--export" in sys.orig_argv  # NVFlare takes the flag out of sys.argv when it is imported
 
 
@@ -149,20 +153,24 @@ def print_summary(args: argparse.Namespace, dataset: str, results: Path) -> None
     print_table({f"round {i}": metrics for i, metrics in enumerate(rounds)} | final, sites)
     if args.cross_site_eval:
         print("\nAccuracy of each model (row) on each site's test images (column):")
-        print_table(models, sites)
+        print_table({name: models[name] for name in (FINAL_MODEL, BEST_MODEL, *sites) if name in models}, sites)
 
-    print("\nGlobal models" + (", with the mean of their accuracy on all sites:" if final else ":"))
-    files = [file for file in (FINAL_MODEL, BEST_MODEL) if (results / "app_server" / file).exists()]
-    accuracy = {file: statistics.mean(m.get("accuracy", 0) for m in models[file].values()) for file in files if final}
-    for file in files:
-        note = f"  {accuracy[file]:.2f} %{'  <- the best' if file == max(accuracy, key=accuracy.get) else ''}" if final else ""
-        print(f"  {results / 'app_server' / file}{note}")
+    print("\nGlobal models:")
+    accuracy = {}
+    for file in (FINAL_MODEL, BEST_MODEL):
+        if (results / "app_server" / file).exists():
+            print(f"  {results / 'app_server' / file}")
+        if on_sites := [metrics["accuracy"] for metrics in models.get(file, {}).values() if "accuracy" in metrics]:
+            accuracy[file] = statistics.mean(on_sites)
+    if accuracy:
+        best = max(accuracy, key=accuracy.get)
+        print(f"The best is {best}: {accuracy[best]:.2f} % on average over the sites.")
 
     for site, metrics in final.get("final", {}).items():
         with SummaryWriter(results / "tb_events" / site) as writer:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step=args.num_rounds)
-    print(f"\nTensorBoard: tensorboard --logdir {shlex.quote(str(results / 'tb_events'))}")
+    print(f"\nTensorBoard:\n  tensorboard --logdir {shlex.quote(str(results / 'tb_events'))}")
 
 
 def read_results(results: Path) -> tuple[list[dict], dict[str, dict]]:
@@ -180,15 +188,17 @@ def read_results(results: Path) -> tuple[list[dict], dict[str, dict]]:
 
 
 def print_table(rows: dict[str, dict], sites: list[str]) -> None:
-    """Print the training loss and the accuracy of each row on each site, eight sites side by side."""
-    for first in range(0, len(sites), 8):
-        table = [["", *sites[first : first + 8]]]
-        for name, metrics_by_site in rows.items():
-            cells = [metrics_by_site.get(site, {}) for site in sites[first : first + 8]]
-            table.append([name, *(" ".join(fmt.format(m[k]) for k, fmt in FORMATS.items() if k in m) for m in cells)])
-        widths = [max(map(len, column)) for column in zip(*table)]
-        for name, *cells in table:
-            print("  " + name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    """Print the training loss and the accuracy of each row on each site, six sites side by side."""
+    for first in range(0, len(sites), 6):
+        block = sites[first : first + 6]
+        print(" " * 25 + "".join(f"{site:>18}" for site in block))
+        for name, metrics in rows.items():
+            print(f"  {name:<23}" + "".join(f"{show(metrics.get(site, {})):>18}" for site in block))
+
+
+def show(metrics: dict) -> str:
+    parts = [form.format(metrics[name]) for name, form in FORMATS.items() if name in metrics]
+    return "  ".join(parts) or "-"
 
 
 # ---- The command line ----
@@ -257,7 +267,7 @@ def workspace_folder(text: str) -> Path:
 
 def gpu_groups(text: str) -> str:
     """Check SimEnv's GPU configuration: 0,1 is two groups of one GPU, [0,1] is one group of two."""
-    if not re.fullmatch(r"(\d+|\[\d+(,\d+)*\])(,(\d+|\[\d+(,\d+)*\]))*", text):
+    if not re.fullmatch(f"{GPU_GROUP}(,{GPU_GROUP})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0 or 0,1 or [0,1],[2,3]")
     return text
 
@@ -288,7 +298,12 @@ def parse_args() -> argparse.Namespace:
     flag("--epochs", "N", many, 2, "local epochs a round")
     flag("--batch_size", "N", many, 16, "images a step")
     flag("--lr", "X", number(float, 1e-9, 100), 0.01, "learning rate of SGD")
-    flag("--dataset", "D", str, "auto", "cifar10, synthetic, or auto: cifar10 if it can be had, else synthetic")
+    parser.add_argument(
+        "--dataset",
+        choices=["auto", "cifar10", "synthetic"],
+        default="auto",
+        help="auto is cifar10 if it can be had, otherwise synthetic images (default: %(default)s)",
+    )
     flag("--data_root", "DIR", data_folder, DATA_ROOT, "where CIFAR-10 lies or is downloaded to")
     flag("--train_size", "N", number(int, 1, 50_000), None, "use only so many training images (default: all)")
     flag("--test_size", "N", number(int, 1, 10_000), None, "use only so many test images (default: all)")
@@ -303,8 +318,12 @@ def parse_args() -> argparse.Namespace:
     args.num_threads = args.num_threads or args.n_clients
     if args.num_threads > args.n_clients:
         parser.error(f"--num_threads {args.num_threads} is more than --n_clients {args.n_clients}")
+    if args.gpu and len(re.findall(GPU_GROUP, args.gpu)) > args.n_clients:
+        parser.error(f"--gpu {args.gpu} has more groups than --n_clients {args.n_clients}")
     if args.cross_site_eval and not evaluates(args.train_script):
-        parser.error(f"--cross_site_eval needs a script that evaluates, such as client_with_eval.py")
+        parser.error("--cross_site_eval needs a script that evaluates, such as client_with_eval.py")
+    if not EXPORTING and any(argument.startswith("--export-dir") for argument in sys.orig_argv):
+        parser.error("--export-dir needs --export")
     return args
 
 

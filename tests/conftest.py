@@ -1,0 +1,128 @@
+"""What the tests share: a small CIFAR-10 on a local server, and job.py run as a user runs it."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+TRAIN_IMAGES, TEST_IMAGES = 500, 100  # of the small CIFAR-10
+
+
+class Cifar10Server:
+    """Serves a small CIFAR-10 archive; `attributes` are what torchvision's CIFAR10 needs to accept it."""
+
+    def __init__(self):
+        self.archive, md5 = make_archive()
+        self.downloads = 0  # how often it was asked for: twice a download by torchvision
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(server.archive)))
+                self.end_headers()
+
+            def do_GET(self):
+                server.downloads += 1
+                self.do_HEAD()
+                with contextlib.suppress(ConnectionError):  # torchvision first asks for the address alone
+                    self.wfile.write(server.archive)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.attributes = {
+            "url": f"http://127.0.0.1:{self.http.server_port}/cifar-10-python.tar.gz",
+            "tgz_md5": hashlib.md5(self.archive).hexdigest(),
+            "train_list": [[f"data_batch_{i}", md5[f"data_batch_{i}"]] for i in range(1, 6)],
+            "test_list": [["test_batch", md5["test_batch"]]],
+            "meta": {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]},
+        }
+
+
+def make_archive() -> tuple[bytes, dict[str, str]]:
+    """Return cifar-10-python.tar.gz of random images in CIFAR-10's format, and its files' MD5 sums."""
+    random = np.random.default_rng(0)
+
+    def batch(count):
+        labels = random.integers(10, size=count).tolist()
+        return {"data": random.integers(256, size=(count, 3072), dtype=np.uint8), "labels": labels}
+
+    files = {f"data_batch_{i}": batch(TRAIN_IMAGES // 5) for i in range(1, 6)}
+    files["test_batch"] = batch(TEST_IMAGES)
+    files["batches.meta"] = {"label_names": [str(i) for i in range(10)]}
+    md5, archive = {}, io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in files.items():
+            content = pickle.dumps(content)
+            md5[name] = hashlib.md5(content).hexdigest()
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return archive.getvalue(), md5
+
+
+@pytest.fixture(scope="session")
+def cifar10_server():
+    server = Cifar10Server()
+    yield server
+    server.http.shutdown()
+
+
+@pytest.fixture(scope="session")
+def online(cifar10_server) -> dict[str, str]:
+    """The environment of a machine that can download the small CIFAR-10."""
+    return environment(cifar10_server.attributes)
+
+
+@pytest.fixture(scope="session")
+def offline(cifar10_server) -> dict[str, str]:
+    """The environment of a machine that can't."""
+    return environment({**cifar10_server.attributes, "url": "http://127.0.0.1:9/cifar-10-python.tar.gz"})
+
+
+def environment(cifar10_attributes: dict) -> dict[str, str]:
+    return {"PYTHONPATH": str(REPO / "tests" / "small_cifar10"), "SMALL_CIFAR10": json.dumps(cifar10_attributes)}
+
+
+@dataclass
+class Run:
+    """A finished `python job.py`."""
+
+    status: int
+    output: str  # standard output
+    errors: str  # standard error
+    folder: Path  # WORKSPACE/hello-pt
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "server" / "simulate_job"
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.results / "app_server" / "FL_global_model.pt", weights_only=True)["model"]
+
+
+def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
+    """Run job.py in another working directory, on its own workspace and, by default, synthetic images."""
+    command = [sys.executable, str(repo / "job.py"), "--dataset", "synthetic", "--workspace", str(workspace), *flags]
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env
+    done = subprocess.run(command, cwd=workspace.parent, env=environ, capture_output=True, text=True, timeout=300)
+    return Run(done.returncode, done.stdout, done.stderr, workspace / "hello-pt")

@@ -1,0 +1,152 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torchvision.datasets
+
+import data
+from conftest import REPO, TEST_IMAGES, TRAIN_IMAGES
+
+
+@pytest.fixture
+def small_cifar10(cifar10_server, monkeypatch):
+    """Let this process, too, use the small CIFAR-10."""
+    for name, value in cifar10_server.attributes.items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
+
+
+@pytest.fixture
+def no_network(small_cifar10, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+
+
+def batches(folder):
+    return folder / data.CIFAR10_FOLDER
+
+
+def test_synthetic_images_have_cifar10s_shapes_and_come_from_the_seed():
+    (images, labels), (test_images, _) = (part.tensors for part in data.load_data("synthetic", "", 200, 50, seed=1))
+    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8 and test_images.shape == (50, 3, 32, 32)
+    assert labels.dtype == torch.int64 and sorted(labels.unique().tolist()) == list(range(10))
+    again, other = (data.load_data("synthetic", "", 200, 50, seed)[0].tensors[0] for seed in (1, 2))
+    assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_synthetic_sizes_by_default():
+    train_set, test_set = data.load_data("synthetic", "")
+    assert (len(train_set), len(test_set)) == (5000, 1000)
+
+
+def test_loader_scales_bytes_to_minus_one_to_one():
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 3 * 32 * 16).view(1, 3, 32, 32)
+    loader = data.make_loader(torch.utils.data.TensorDataset(images, torch.zeros(1, dtype=torch.int64)), 4)
+    (batch, labels), *rest = loader
+    assert batch.dtype == torch.float32 and (batch.min(), batch.max()) == (-1, 1) and not rest and len(labels) == 1
+
+
+def test_loader_shuffles_by_its_generator_and_visits_every_image_once():
+    train_set, _ = data.load_data("synthetic", "", 50, 1)
+
+    def order(seed):
+        loader = data.make_loader(train_set, 16, torch.Generator().manual_seed(seed))
+        return torch.cat([images for images, _ in loader])
+
+    assert len(order(1)) == 50
+    assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
+    assert torch.equal(order(1).sum((1, 2, 3)).sort().values, order(2).sum((1, 2, 3)).sort().values)
+    in_order = torch.cat([images for images, _ in data.make_loader(train_set, 16)])
+    assert torch.equal(in_order, train_set.tensors[0] / 127.5 - 1)
+
+
+def test_cifar10_is_downloaded_once_and_decoded_as_torchvision_reads_it(small_cifar10, cifar10_server, tmp_path):
+    train_set, test_set = data.load_data("cifar10", str(tmp_path))
+    downloads = cifar10_server.downloads
+    assert (len(train_set), len(test_set)) == (TRAIN_IMAGES, TEST_IMAGES)
+    for part, train in ((train_set, True), (test_set, False)):
+        reference = torchvision.datasets.CIFAR10(tmp_path, train=train)
+        images, labels = part.tensors
+        assert torch.equal(images, torch.from_numpy(reference.data).permute(0, 3, 1, 2))
+        assert labels.tolist() == reference.targets
+    data.load_data("cifar10", str(tmp_path))
+    assert cifar10_server.downloads == downloads
+
+
+def test_sizes_take_the_first_images(small_cifar10, tmp_path):
+    train_set, test_set = data.load_data("cifar10", str(tmp_path), 7, 3)
+    assert (len(train_set), len(test_set)) == (7, 3)
+    assert torch.equal(train_set.tensors[0], data.load_data("cifar10", str(tmp_path))[0].tensors[0][:7])
+
+
+def test_eight_processes_download_once(online, cifar10_server, tmp_path):
+    before = cifar10_server.downloads
+    command = [sys.executable, str(REPO / "data.py"), "--data_root", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    processes = [subprocess.Popen(command, env={**os.environ, **online}, **pipes) for _ in range(8)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert outputs == [f"CIFAR-10 is ready in {tmp_path}: {TRAIN_IMAGES} training and {TEST_IMAGES} test images\n"] * 8
+    assert cifar10_server.downloads - before == 2
+
+
+def test_auto_falls_back_to_synthetic_with_a_warning(no_network, tmp_path, capsys):
+    assert data.choose_dataset("auto", str(tmp_path)) == "synthetic"
+    assert "WARNING: training on SYNTHETIC images" in capsys.readouterr().err
+
+
+def test_auto_takes_cifar10_that_can_be_downloaded(small_cifar10, tmp_path):
+    assert data.choose_dataset("auto", str(tmp_path)) == "cifar10"
+
+
+def test_cifar10_that_cant_be_had_is_one_clear_error(no_network, tmp_path):
+    with pytest.raises(data.UnavailableError, match=r"^CIFAR-10 in .* is missing and can't be downloaded .*--dataset"):
+        data.choose_dataset("cifar10", str(tmp_path))
+
+
+def test_silent_server_is_given_up(small_cifar10, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/x")
+        monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 1)
+        with pytest.raises(data.UnavailableError, match=r"timed out|no answer"):
+            data.load_data("cifar10", str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_damaged_files_are_replaced(small_cifar10, tmp_path, damage):
+    train_set, _ = data.load_data("cifar10", str(tmp_path))
+    intact = train_set.tensors[0].clone()
+    time.sleep(0.01)  # so that the damage is newer than the decoded file
+    damage_file(batches(tmp_path) / "data_batch_3", damage)
+    (tmp_path / data.DECODED_FILE).unlink()
+    assert torch.equal(data.load_data("cifar10", str(tmp_path))[0].tensors[0], intact)
+
+
+def test_damaged_files_that_cant_be_replaced_are_one_clear_error(small_cifar10, monkeypatch, tmp_path):
+    data.load_data("cifar10", str(tmp_path))
+    time.sleep(0.01)
+    damage_file(batches(tmp_path) / "data_batch_3", "cut short")
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x")
+    with pytest.raises(data.UnavailableError, match=rf"is damaged .* delete {batches(tmp_path)}"):
+        data.load_data("cifar10", str(tmp_path))
+
+
+def test_decoded_file_that_was_cut_short_is_made_again(small_cifar10, tmp_path):
+    data.load_data("cifar10", str(tmp_path))
+    damage_file(tmp_path / data.DECODED_FILE, "cut short")
+    assert len(data.load_data("cifar10", str(tmp_path))[0]) == TRAIN_IMAGES
+
+
+def damage_file(path, damage):
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_folder_that_cant_be_written_is_one_clear_error(small_cifar10, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.DataError, match="choose another --data_root"):
+        data.load_data("cifar10", str(tmp_path / "file"))

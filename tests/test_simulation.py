@@ -1,0 +1,175 @@
+"""Real simulations, run as a user runs them and read back from the files that they leave."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import REPO, TEST_IMAGES, run_job
+
+SITES = ["site-1", "site-2"]
+SMALL = ["--train_size", "64", "--test_size", "100"]  # four steps an epoch
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the bits of a sum depend on the number of threads
+
+
+def scalars(run, site):
+    """Return {tag: {step: value}} of a site's TensorBoard events."""
+    events = EventAccumulator(str(run.results / "tb_events" / site))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def cross_site_results(run):
+    return json.loads((run.results / "cross_site_val" / "cross_val_results.json").read_text())
+
+
+def same_weights(a, b):
+    return all(torch.equal(a.weights()[name], b.weights()[name]) for name in a.weights())
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run_job(tmp_path_factory.mktemp("plain") / "workspace", *SMALL, **ONE_THREAD)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("evaluated") / "workspace"
+    return run_job(workspace, *SMALL, "--train_script", "client_with_eval.py", "--cross_site_eval", **ONE_THREAD)
+
+
+def test_training_alone_leaves_a_model_and_a_summary(plain):
+    assert plain.status == 0, plain.errors
+    assert (plain.results / "app_server" / "FL_global_model.pt").is_file()
+    assert not (plain.results / "app_server" / "best_FL_global_model.pt").exists()
+    summary = plain.output.partition("Done: 2 rounds on 2 sites.")[2]
+    assert "Data: synthetic, 64 training images a site, 100 test images." in summary
+    assert re.search(r"round 1 +2\.\d{4} +2\.\d{4}\n", summary) and "accuracy" not in summary
+    assert str(plain.results / "app_server" / "FL_global_model.pt") in summary
+    assert summary.endswith(f"tensorboard --logdir {plain.results / 'tb_events'}\n")
+
+
+def test_nothing_alarms_a_user(plain, evaluated):
+    for run in (plain, evaluated):
+        assert "Traceback" not in run.output + run.errors
+        assert not re.search("warning|error", run.output + run.errors, re.IGNORECASE)
+
+
+def test_evaluation_leaves_the_trained_weights_alone(plain, evaluated):
+    assert evaluated.status == 0, evaluated.errors
+    assert same_weights(plain, evaluated)
+
+
+def test_one_client_at_a_time_trains_the_same_weights(plain, tmp_path):
+    # Each client's process is started anew for every round, and all of its state with it.
+    one_by_one = run_job(tmp_path / "workspace", *SMALL, "--num_threads", "1", **ONE_THREAD)
+    assert one_by_one.status == 0, one_by_one.errors
+    assert same_weights(plain, one_by_one)
+
+
+def test_train_loss_is_logged_at_every_step_of_a_small_run(plain, evaluated):
+    for run in (plain, evaluated):
+        for site in SITES:
+            assert sorted(scalars(run, site)["train_loss"]) == list(range(1, 17))
+
+
+def test_global_model_is_logged_for_every_round_and_at_the_end(evaluated):
+    for site in SITES:
+        final = cross_site_results(evaluated)[site]["SRV_FL_global_model.pt"]
+        for tag in ("accuracy", "loss"):
+            points = scalars(evaluated, site)[tag]
+            assert sorted(points) == [0, 1, 2]
+            assert points[2] == pytest.approx(final[tag])
+
+
+def test_metrics_of_every_round_and_site_are_recorded(plain, evaluated):
+    for run, names in ((plain, {"train_loss"}), (evaluated, {"train_loss", "accuracy", "loss"})):
+        rounds = [json.loads(line) for line in (run.results / "metrics" / "round_metrics.jsonl").open()]
+        assert [record["round"] for record in rounds] == [0, 1]
+        for record in rounds:
+            assert {site["name"] for site in record["sites"]} == set(SITES)
+            assert all({metric["name"] for metric in site["metrics"]} == names for site in record["sites"])
+            assert all(site["weight"] == 8 for site in record["sites"])
+
+
+def test_cross_site_evaluation_has_every_model_on_every_site(evaluated):
+    models = {"SRV_FL_global_model.pt", "SRV_best_FL_global_model.pt", *SITES}
+    results = cross_site_results(evaluated)
+    assert set(results) == set(SITES) and all(set(results[site]) == models for site in SITES)
+    table = evaluated.output.partition("Accuracy of each model")[2]
+    for model in models:
+        cells = "  +".join(f"{results[site][model]['accuracy']:.2f} %" for site in SITES)
+        assert re.search(rf"\n  {re.escape(model.removeprefix('SRV_'))} +{cells}\n", table)
+
+
+def test_best_local_model_is_handed_over(evaluated):
+    for site in SITES:
+        file = evaluated.folder / site / "simulate_job" / f"app_{site}" / "best_local_model.pt"
+        assert torch.load(file, weights_only=True)["accuracy"] == cross_site_results(evaluated)[site][site]["accuracy"]
+
+
+def test_summary_names_the_better_global_model(evaluated):
+    results = cross_site_results(evaluated)
+
+    def accuracy(model):
+        return sum(results[site][f"SRV_{model}"]["accuracy"] for site in SITES) / len(SITES)
+
+    best = max(("FL_global_model.pt", "best_FL_global_model.pt"), key=accuracy)
+    assert f"The best is {best}: {accuracy(best):.2f} % on average over the sites." in evaluated.output
+
+
+def test_offline_default_run_learns_synthetic_images_and_says_so(offline, tmp_path):
+    flags = ["--dataset", "auto", "--data_root", str(tmp_path / "data"), "--train_script", "client_with_eval.py"]
+    run = run_job(tmp_path / "workspace", *flags, **offline)
+    assert run.status == 0, run.errors
+    assert "WARNING: training on SYNTHETIC images" in run.errors
+    summary = run.output.partition("Done:")[2]
+    assert "Data: synthetic, 5000 training images a site, 1000 test images." in summary and "WARNING" in summary
+    first, second, final = (cross_site_accuracy for cross_site_accuracy in scalars(run, "site-1")["accuracy"].values())
+    assert first < 20 < second < final and final >= 60
+
+
+def test_offline_cifar10_is_one_clear_error(offline, tmp_path):
+    run = run_job(tmp_path / "workspace", "--dataset", "cifar10", "--data_root", str(tmp_path / "data"), **offline)
+    assert (run.status, run.output) == (1, "")
+    assert re.fullmatch(r"job\.py: error: CIFAR-10 in .* is missing and can't be downloaded .+\n", run.errors)
+    assert not run.folder.exists()
+
+
+def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp_path):
+    repo = tmp_path / "my copy"
+    repo.mkdir()
+    for file in ("job.py", "model.py", "data.py"):
+        shutil.copy(REPO / file, repo)
+    shutil.copy(REPO / "client_with_eval.py", repo / "client.py")
+    flags = ["--dataset", "auto", "--data_root", str(tmp_path / "data"), "--train_size", "64", "--num_rounds", "1"]
+    run = run_job(tmp_path / "workspace", *flags, repo=repo, **online)
+    assert run.status == 0, run.errors
+    assert "Data: cifar10, 64 training images a site" in run.output
+    for site in SITES:
+        accuracy = cross_site_results(run)[site]["SRV_FL_global_model.pt"]["accuracy"]
+        assert accuracy * TEST_IMAGES / 100 == round(accuracy * TEST_IMAGES / 100)  # of the small CIFAR-10
+
+
+def test_eight_clients(tmp_path):
+    run = run_job(tmp_path / "workspace", "--n_clients", "8", "--train_size", "32", "--num_rounds", "1")
+    assert run.status == 0, run.errors
+    assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
+
+
+def test_client_that_raises_ends_the_run_with_its_site_exception_and_log(tmp_path):
+    source = (REPO / "client.py").read_text()
+    line = "            model.load_state_dict("
+    fault = 'raise ValueError(f"{site_name} has {torch.get_num_threads()} threads")'
+    script = tmp_path / "faulty.py"
+    script.write_text(source.replace(line, f'            if site_name == "site-2":\n                {fault}\n{line}'))
+    run = run_job(tmp_path / "workspace", *SMALL, "--train_script", str(script))
+    threads = max(1, torch.get_num_threads() // 2)  # each of two clients takes its share of the cores
+    assert run.status == 1
+    assert run.errors == (
+        f"job.py: error: site-2 failed: ValueError: site-2 has {threads} threads "
+        f"(see {run.folder / 'site-2' / 'log.txt'})\n"
+    )
