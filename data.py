@@ -42,7 +42,7 @@ def load_data(
     Args:
         dataset: "cifar10" or "synthetic".
         data_root: the folder of CIFAR-10, which is downloaded if it isn't there.
-        train_size, test_size: use only the first so many images; None means all.
+        train_size, test_size: use only the first so many images, or draw so many synthetic ones; None means all.
         seed: seed of the synthetic images.
 
     Raises:
@@ -51,8 +51,9 @@ def load_data(
     if dataset == "synthetic":
         generator = torch.Generator().manual_seed(seed)
         patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), size=32, mode="bicubic")
-        train_set = draw_images(patterns, train_size or SIZES[dataset][0], generator)
-        test_set = draw_images(patterns, test_size or SIZES[dataset][1], generator)
+        train_seed, test_seed = torch.randint(2**62, (2,), generator=generator).tolist()
+        train_set = draw_images(patterns, train_size or SIZES[dataset][0], train_seed)
+        test_set = draw_images(patterns, test_size or SIZES[dataset][1], test_seed)
     else:
         cifar10 = load_cifar10(Path(data_root))
         train_set = TensorDataset(*(tensor[:train_size] for tensor in cifar10["train"]))
@@ -72,25 +73,27 @@ def make_loader(dataset: TensorDataset, batch_size: int, generator: torch.Genera
 
 
 def scale(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale the images from [0, 255] to [-1, 1], CIFAR-10's mean 0.5 and standard deviation 0.5."""
+    """Scale the images from [0, 255] to [-1, 1], as torchvision's Normalize(0.5, 0.5) does after ToTensor."""
     images, labels = batch
     return images.float().div_(127.5).sub_(1), labels
 
 
-def draw_images(patterns: torch.Tensor, count: int, generator: torch.Generator) -> TensorDataset:
+def draw_images(patterns: torch.Tensor, count: int, seed: int) -> TensorDataset:
     """Draw synthetic images: each shows the pattern of its class, shifted, faint or strong, under noise.
 
     Args:
         patterns: float32 (10, 3, 32, 32), one a class, of mean 0 and standard deviation about 1.
     """
-    labels = torch.randint(10, (count,), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
     images = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
-    for image, label in zip(images, labels):
+    labels = torch.empty(count, dtype=torch.int64)
+    for i in range(count):
+        labels[i] = torch.randint(10, (), generator=generator)
         shift = torch.randint(32, (2,), generator=generator).tolist()
         contrast = 20 + 40 * torch.rand(1, generator=generator)
         noise = 120 * torch.randn(3, 32, 32, generator=generator)
-        pattern = patterns[label].roll(shift, dims=(1, 2))
-        image.copy_((127.5 + contrast * pattern + noise).clamp(0, 255))
+        pattern = patterns[labels[i]].roll(shift, dims=(1, 2))
+        images[i] = (127.5 + contrast * pattern + noise).clamp(0, 255)
     return TensorDataset(images, labels)
 
 
@@ -122,8 +125,9 @@ def load_cifar10(root: Path) -> dict[str, list[torch.Tensor]]:
     def map_decoded():
         try:
             if all(decoded.stat().st_mtime >= batch.stat().st_mtime for batch in root.glob(f"{CIFAR10_FOLDER}/*")):
-                return torch.load(decoded, mmap=True, weights_only=True)
-        except (OSError, RuntimeError):  # missing, or cut short
+                cifar10 = torch.load(decoded, mmap=True, weights_only=True)
+                return cifar10 if cifar10.keys() == {"train", "test"} else None
+        except (OSError, RuntimeError, AttributeError):  # missing, cut short, or something else
             pass
         return None
 
@@ -178,7 +182,7 @@ def download_cifar10(root: Path) -> None:
             wait_for_answer(CIFAR10.url)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
         CIFAR10(root, download=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of the network, of HTTP, of the archive
         here = root / CIFAR10_FOLDER
         found, remedy = ("damaged", f"delete {here}") if here.exists() else ("missing", "go online")
         raise UnavailableError(
@@ -199,7 +203,7 @@ def wait_for_answer(url: str) -> None:
             answer.put(None)
         except urllib.error.HTTPError:  # an answer, whatever it says
             answer.put(None)
-        except OSError as error:
+        except Exception as error:
             answer.put(error)
 
     # In a thread of its own, since a silent name server holds up urlopen beyond its timeout.

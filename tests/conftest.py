@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -120,9 +121,23 @@ class Run:
         return torch.load(self.results / "app_server" / "FL_global_model.pt", weights_only=True)["model"]
 
 
+def start_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> subprocess.Popen:
+    """Start job.py in another working directory, on its own workspace and, by default, synthetic images."""
+    return subprocess.Popen(
+        [sys.executable, str(repo / "job.py"), "--dataset", "synthetic", "--workspace", str(workspace), *flags],
+        cwd=workspace.parent,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever runs the tests may ignore it
+    )
+
+
+def finish(process: subprocess.Popen, workspace: Path) -> Run:
+    output, errors = process.communicate(timeout=300)
+    return Run(process.returncode, output, errors, workspace / "hello-pt")
+
+
 def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
-    """Run job.py in another working directory, on its own workspace and, by default, synthetic images."""
-    command = [sys.executable, str(repo / "job.py"), "--dataset", "synthetic", "--workspace", str(workspace), *flags]
-    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env
-    done = subprocess.run(command, cwd=workspace.parent, env=environ, capture_output=True, text=True, timeout=300)
-    return Run(done.returncode, done.stdout, done.stderr, workspace / "hello-pt")
+    return finish(start_job(workspace, *flags, repo=repo, **env), workspace)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,22 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "with space").mkdir()
     (tmp_path / "mine" / "hello-pt").mkdir(parents=True)
     (tmp_path / "mine" / "hello-pt" / "thesis.tex").write_text("")
+    (tmp_path / "half_mine" / "hello-pt" / "server").mkdir(parents=True)
+    (tmp_path / "half_mine" / "hello-pt" / "thesis.tex").write_text("")
+    (tmp_path / "run" / "hello-pt" / "site-1").mkdir(parents=True)
+    (tmp_path / "run" / "hello-pt" / "site-1" / "client.py").write_text("")
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "hello-pt").write_text("")
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "model.py").write_text("")
+    (tmp_path / "another" / "script.py").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+    os.mkfifo(tmp_path / "fifo.pt")
+    nan = {name: tensor * torch.nan for name, tensor in SimpleNetwork().state_dict().items()}
+    torch.save(nan, tmp_path / "nan.pt")
+    torch.save({name: tensor.long() for name, tensor in SimpleNetwork().state_dict().items()}, tmp_path / "whole.pt")
+    torch.save(SimpleNetwork().state_dict(), tmp_path / "weights.py")
     return tmp_path
 
 
@@ -45,11 +62,21 @@ def files(tmp_path, monkeypatch):
         "--num_threads 3",
         "--n_clients 4 --num_threads 5",
         *(f"--train_script {path}" for path in ("missing.py", "broken.py", "script.txt", "folder.py", "")),
+        *(
+            f"--train_script {path}"
+            for path in ("latin.py", "another/script.py", "another/model.py", f"{'x' * 300}.py")
+        ),
+        "--train_script run/hello-pt/site-1/client.py --workspace run",
+        "--data_root run/hello-pt/data --workspace run",
         "--cross_site_eval",
         "--cross_site_eval --train_script client.py",
         *(f"--dataset {name}" for name in ("mnist", "CIFAR10", "")),
         *(f"--data_root {path}" for path in ("text.pt", "text.pt/below", "")),
         *(f"--workspace {path}" for path in ("text.pt", "text.pt/below", "with+space", "mine", "")),
+        *(f"--workspace {path}" for path in ("half_mine", "blocked", "loop", "~nobody_here/x", "x" * 300, "a\0b")),
+        *(f"--workspace {path}" for path in ("ws#1", "it's", 'say"so"', "back\\slash", "line\nline")),
+        *(f"--data_root {path}" for path in ("loop", "~nobody_here/x", "x" * 300)),
+        *(f"--initial_ckpt {path}" for path in ("fifo.pt", "loop", "nan.pt", "whole.pt", "weights.py", "/dev/zero")),
         *(
             f"--initial_ckpt {path}"
             for path in (
@@ -68,18 +95,19 @@ def files(tmp_path, monkeypatch):
         "--gpu [0],[1],[2]",
         "--export-dir somewhere",
         "--export-dir",
+        "--export-dir --export",
+        *(f"--export --export-dir {path}" for path in ("text.pt", "text.pt/below", "mine", "loop", "")),
+        "--n_clients=3\n4",
+        "--bogus=a\nb",
         "--no_such_flag",
         "--n_client 3",
         "stray",
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(flags, files, monkeypatch, capsys):
+def test_bad_arguments_are_refused_in_one_line(flags, files, capsys):
     before = sorted(files.rglob("*"))
-    arguments = [argument.replace("+", " ") for argument in flags.split(" ")]
-    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "job.py", *arguments])
     with pytest.raises(SystemExit) as exit:
-        job.parse_args()
+        job.parse_args([argument.replace("+", " ") for argument in flags.split(" ")])
     output, errors = capsys.readouterr()
     assert exit.value.code == 2 and output == ""
     assert re.fullmatch(r"job\.py: error: .+\n", errors)

@@ -36,6 +36,12 @@ def test_synthetic_images_have_cifar10s_shapes_and_come_from_the_seed():
     assert torch.equal(images, again) and not torch.equal(images, other)
 
 
+def test_fewer_synthetic_images_are_the_first_of_more():
+    (few, few_tests), (more, more_tests) = data.load_data("synthetic", "", 5, 3), data.load_data("synthetic", "", 9, 6)
+    assert torch.equal(few.tensors[0], more.tensors[0][:5]) and torch.equal(few.tensors[1], more.tensors[1][:5])
+    assert torch.equal(few_tests.tensors[0], more_tests.tensors[0][:3])
+
+
 def test_synthetic_sizes_by_default():
     train_set, test_set = data.load_data("synthetic", "")
     assert (len(train_set), len(test_set)) == (5000, 1000)
@@ -131,6 +137,24 @@ def test_damaged_files_that_cant_be_replaced_are_one_clear_error(small_cifar10, 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x")
     with pytest.raises(data.UnavailableError, match=rf"is damaged .* delete {batches(tmp_path)}"):
         data.load_data("cifar10", str(tmp_path))
+
+
+def test_download_cut_off_or_altered_is_never_taken_and_the_next_one_repairs_it(
+    small_cifar10, cifar10_server, monkeypatch, tmp_path
+):
+    intact = cifar10_server.archive
+    for broken in (intact[: len(intact) // 2], intact[:-1] + b"x"):
+        monkeypatch.setattr(cifar10_server, "archive", broken)
+        with pytest.raises(data.UnavailableError, match="is missing and can't be downloaded"):
+            data.load_data("cifar10", str(tmp_path))
+        assert not batches(tmp_path).exists() and not (tmp_path / data.DECODED_FILE).exists()
+    monkeypatch.setattr(cifar10_server, "archive", intact)
+    assert len(data.load_data("cifar10", str(tmp_path))[0]) == TRAIN_IMAGES
+
+
+def test_decoded_file_of_something_else_is_made_again(small_cifar10, tmp_path):
+    torch.save([1], tmp_path / data.DECODED_FILE)
+    assert len(data.load_data("cifar10", str(tmp_path))[0]) == TRAIN_IMAGES
 
 
 def test_decoded_file_that_was_cut_short_is_made_again(small_cifar10, tmp_path):

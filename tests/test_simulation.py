@@ -122,8 +122,10 @@ def test_summary_names_the_better_global_model(evaluated):
 
 
 def test_offline_default_run_learns_synthetic_images_and_says_so(offline, tmp_path):
+    (tmp_path / "Größe-工作区").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "Größe-工作区")
     flags = ["--dataset", "auto", "--data_root", str(tmp_path / "data"), "--train_script", "client_with_eval.py"]
-    run = run_job(tmp_path / "workspace", *flags, **offline)
+    run = run_job(tmp_path / "link", *flags, **offline)
     assert run.status == 0, run.errors
     assert "WARNING: training on SYNTHETIC images" in run.errors
     summary = run.output.partition("Done:")[2]
@@ -152,6 +154,16 @@ def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp
     for site in SITES:
         accuracy = cross_site_results(run)[site]["SRV_FL_global_model.pt"]["accuracy"]
         assert accuracy * TEST_IMAGES / 100 == round(accuracy * TEST_IMAGES / 100)  # of the small CIFAR-10
+
+
+def test_final_evaluation_that_fails_is_no_success(tmp_path):
+    source = (REPO / "client_with_eval.py").read_text()
+    line = "            if flare.is_evaluate():"
+    script = tmp_path / "faulty.py"
+    script.write_text(source.replace(line, f"{line}\n                raise KeyError('no such thing')\n{line}"))
+    run = run_job(tmp_path / "workspace", *SMALL, "--num_rounds", "1", "--train_script", str(script))
+    assert run.status == 1
+    assert re.fullmatch(r"job\.py: error: site-[12] failed: KeyError: 'no such thing' \(see .*log.txt\)\n", run.errors)
 
 
 def test_eight_clients(tmp_path):

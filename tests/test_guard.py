@@ -1,0 +1,223 @@
+"""A run is never lost and never hangs: real runs, killed, stopped and started on top of each other."""
+
+import argparse
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import guard
+from conftest import REPO, finish, run_job, start_job
+from guard import MODEL, processes_of
+
+SMALL = ["--train_size", "32", "--test_size", "20", "--num_rounds", "1"]
+MANY_ROUNDS = ["--epochs", "10", "--num_rounds", "100000"]
+ENDLESS = ["--train_size", "1000", "--epochs", "100000"]
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    yield tmp_path / "workspace"
+    for process in processes_of(tmp_path / "workspace" / "hello-pt"):  # after a failed test
+        process.kill()
+
+
+def wait_until(condition, process, seconds=90):
+    """Wait until a condition of a running job.py holds, and return its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+def log_has(workspace, text, site="server"):
+    log = workspace / "hello-pt" / site / "log.txt"
+    return log.exists() and text in log.read_text()
+
+
+def in_training(workspace, round=0):
+    """Tell whether every client trains in a round, by what it has sent to TensorBoard."""
+    started = log_has(workspace, f"Round {round} started.")
+    return started and all(log_has(workspace, "waiting for result", site) for site in ("site-1", "site-2"))
+
+
+def running(workspace, *words):
+    """Return the processes of a run with these words on their command line."""
+    found = []
+    for process in processes_of(workspace / "hello-pt"):
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if all(word in command for word in words):
+            found.append(process)
+    return found
+
+
+def trainer(workspace, site):
+    return next(process for process in running(workspace, "custom/") if f"/{site}/" in process.cwd() + "/")
+
+
+# ---- Earlier results stay ----
+
+
+def test_second_run_keeps_the_first_runs_results_but_nothing_of_a_run_without_any(workspace):
+    first = run_job(workspace, *SMALL)
+    assert first.status == 0, first.errors
+    model = (workspace / "hello-pt" / MODEL).read_bytes()
+
+    faulty = workspace.parent / "faulty.py"
+    faulty.write_text("raise RuntimeError('at once')")
+    failed = run_job(workspace, *SMALL, "--train_script", str(faulty))
+    assert failed.status == 1
+    assert "site-" in failed.errors and "RuntimeError: at once" in failed.errors
+    (kept,) = workspace.glob("hello-pt-*")
+    assert f"The results of the run before are kept in {kept}" in failed.output
+    assert (kept / MODEL).read_bytes() == model
+
+    third = run_job(workspace, *SMALL, "--seed", "1")
+    assert third.status == 0, third.errors
+    assert list(workspace.glob("hello-pt-*")) == [kept]
+    events = {file.relative_to(workspace).parts[0] for file in workspace.rglob("events.out.tfevents.*")}
+    assert events == {"hello-pt", kept.name}  # what `tensorboard --logdir WORKSPACE` shows
+
+
+# ---- One run at a time ----
+
+
+def test_second_run_in_a_workspace_is_refused_and_one_elsewhere_is_not(workspace):
+    first = start_job(workspace, *SMALL, "--num_rounds", "2", "--epochs", "300")
+    wait_until(lambda: in_training(workspace), first)
+    refused = run_job(workspace, *SMALL)
+    assert refused.status == 1 and refused.output == ""
+    assert refused.errors == (
+        f"job.py: error: process {first.pid} (job.py) is at work in {workspace / 'hello-pt'}: "
+        "wait for its end, or choose another --workspace\n"
+    )
+    elsewhere = run_job(workspace.with_name("elsewhere"), *SMALL)
+    assert elsewhere.status == 0, elsewhere.errors
+    assert finish(first, workspace).status == 0
+
+
+def test_simulation_of_a_killed_job_is_not_disturbed_and_a_crash_needs_no_cleaning(workspace):
+    killed = start_job(workspace, *ENDLESS)
+    wait_until(lambda: in_training(workspace), killed)
+    killed.kill()
+    killed.wait()  # its output stays open: the simulation writes to it
+    refused = run_job(workspace, *SMALL)
+    assert refused.status == 1 and "(the simulation of a killed job.py) is at work" in refused.errors
+    assert trainer(workspace, "site-1").is_running()
+
+    while processes := processes_of(workspace / "hello-pt"):
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=5)
+    after = run_job(workspace, *SMALL)
+    assert after.status == 0, after.errors
+
+
+# ---- A client that dies ends the run ----
+
+
+@pytest.mark.parametrize(
+    "victim, round",
+    [("the trainer of site-2", 0), ("the trainer of site-2", 1), ("NVFlare's process of site-2", 0), ("the server", 0)],
+)
+def test_killed_process_ends_the_run(workspace, victim, round):
+    rounds = ["--epochs", "100000"] if round == 0 else MANY_ROUNDS
+    job = start_job(workspace, "--train_size", "1000", *rounds)
+    wait_until(lambda: in_training(workspace, round), job)
+    if victim == "the server":
+        newest = max(running(workspace, "simulator.simulator "), key=psutil.Process.num_threads)
+        newest.kill()
+    elif victim == "the trainer of site-2":
+        trainer(workspace, "site-2").kill()
+    else:
+        next(iter(running(workspace, "simulator_worker", "--client site-2"))).kill()
+    start = time.monotonic()
+    run = finish(job, workspace)
+    assert run.status == 1 and time.monotonic() - start < 30
+    site = "server" if victim == "the server" else "site-2"
+    last = run.errors.splitlines()[-1]
+    assert last.startswith(f"job.py: error: {site} failed: ")
+    assert last.endswith(f"(see {workspace / 'hello-pt' / site / 'log.txt'})")
+    assert Path(last.rpartition("(see ")[2].removesuffix(")")).is_file()
+    assert processes_of(workspace / "hello-pt") == []
+    assert (workspace / "hello-pt" / MODEL).exists() == (round > 0)
+
+
+# ---- Stopping is clean ----
+
+
+def stop(process, number, workspace):
+    process.send_signal(number)
+    start = time.monotonic()
+    run = finish(process, workspace)
+    assert time.monotonic() - start < 15
+    assert run.status == 128 + number
+    assert processes_of(workspace / "hello-pt") == []
+    assert "Traceback" not in run.output + run.errors
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("seconds", [0.8, 1.6])
+def test_stopped_at_the_start(workspace, number, seconds):
+    job = start_job(workspace, *SMALL)
+    time.sleep(seconds)
+    stop(job, number, workspace)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_in_training(workspace, number):
+    job = start_job(workspace, "--train_size", "1000", *MANY_ROUNDS)
+    wait_until(lambda: in_training(workspace, round=1), job)
+    run = stop(job, number, workspace)
+    assert run.errors.splitlines()[-1] == f"job.py: stopped; the rounds before are in {run.folder}"
+    assert run.weights() and (run.results / "metrics" / "round_metrics.jsonl").read_text().count("\n") >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_final_evaluation(workspace, number):
+    job = start_job(workspace, *SMALL, "--train_script", str(REPO / "client_with_eval.py"))
+    wait_until(lambda: log_has(workspace, "Beginning model validation"), job)
+    run = stop(job, number, workspace)
+    assert run.errors.splitlines()[-1] == f"job.py: stopped; the rounds before are in {run.folder}"
+
+
+# ---- Odd places ----
+
+
+def test_full_disk_is_one_clear_error(workspace):
+    workspace.mkdir()
+    if os.system(f"mount -t tmpfs -o size=300k tmpfs '{workspace}'"):
+        pytest.skip("only root can mount a small disk")
+    try:
+        run = run_job(workspace, *SMALL)
+        assert (run.status, run.output) == (1, "")
+        assert re.fullmatch(r"job\.py: error: the disk of .* is full: make room, .*\n", run.errors)
+    finally:
+        os.system(f"umount '{workspace}'")
+
+
+def test_workspace_of_another_user_and_a_read_only_one_are_refused(workspace):
+    workspace.mkdir(mode=0o755)
+    answers = []
+    for user in (os.getuid(), 65534 if os.getuid() == 0 else os.getuid()):
+        child = os.fork()
+        if child == 0:
+            os.setuid(user)
+            workspace_is_writable = os.access(workspace, os.W_OK)
+            try:
+                guard.workspace_folder(str(workspace))
+                os._exit(0 if workspace_is_writable else 1)
+            except argparse.ArgumentTypeError:
+                os._exit(2 if not workspace_is_writable else 1)
+        answers.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert answers == [0, 2 if os.getuid() == 0 else 0]
