@@ -1,11 +1,13 @@
 """The federation against arithmetic: what NVFlare's FedAvg returns is what plain PyTorch and a mean give."""
 
+import shutil
 import zlib
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import guard
 from conftest import REPO, run_job
 from data import load_data, make_loader
 from model import SimpleNetwork
@@ -55,12 +57,19 @@ def test_one_client_is_plain_training(one_client):
     assert distance(one_client.weights(), fedavg([SIZE], rounds=3, seed=0)) < 1e-6
 
 
-def test_saved_weights_are_trained_further(one_client, tmp_path):
-    saved = one_client.results / "app_server" / "FL_global_model.pt"
+@pytest.mark.parametrize("saved", ["the result of the run before", "a state_dict"])
+def test_saved_weights_are_trained_further(one_client, tmp_path, saved):
+    weights = SimpleNetwork(seed=5).state_dict()
+    checkpoint, workspace = tmp_path / "weights.pt", tmp_path / "workspace"
+    torch.save(weights, checkpoint)
+    if saved == "the result of the run before":  # whose folder the new run renames
+        workspace = tmp_path / "copy"
+        shutil.copytree(one_client.folder, workspace / "hello-pt")
+        checkpoint, weights = workspace / "hello-pt" / guard.MODEL, one_client.weights()
     flags = ["--n_clients", "1", "--num_rounds", "1", "--train_size", str(SIZE), "--test_size", "1"]
-    run = run_job(tmp_path / "workspace", *flags, "--initial_ckpt", str(saved))
+    run = run_job(workspace, *flags, "--initial_ckpt", str(checkpoint))
     assert run.status == 0, run.errors
-    assert distance(run.weights(), fedavg([SIZE], rounds=1, seed=0, weights=one_client.weights())) < 1e-6
+    assert distance(run.weights(), fedavg([SIZE], rounds=1, seed=0, weights=weights)) < 1e-6
 
 
 def test_three_clients_and_another_seed(tmp_path):

@@ -144,8 +144,8 @@ def test_offline_cifar10_is_one_clear_error(offline, tmp_path):
 def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp_path):
     repo = tmp_path / "my copy"
     repo.mkdir()
-    for file in ("job.py", "model.py", "data.py"):
-        shutil.copy(REPO / file, repo)
+    for file in REPO.glob("*.py"):
+        shutil.copy(file, repo)
     shutil.copy(REPO / "client_with_eval.py", repo / "client.py")
     flags = ["--dataset", "auto", "--data_root", str(tmp_path / "data"), "--train_size", "64", "--num_rounds", "1"]
     run = run_job(tmp_path / "workspace", *flags, repo=repo, **online)
