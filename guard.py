@@ -26,6 +26,7 @@ import psutil  # comes with nvflare
 
 HERE = Path(__file__).resolve().parent
 JOB_NAME = "hello-pt"
+WORKSPACE = "/tmp/nvflare/simulation"  # NVFlare's own default
 MODEL = Path("server", "simulate_job", "app_server", "FL_global_model.pt")  # there once a round is complete
 FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
@@ -36,6 +37,10 @@ RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: t
 
 class Busy(Exception):
     """Another run is at work in the workspace."""
+
+
+def at_work(process: str, run_folder: Path) -> str:
+    return f"process {process} is at work in {run_folder}: wait for its end, or choose another --workspace"
 
 
 class Stopped(SystemExit):
@@ -54,6 +59,20 @@ def exit_on_signals() -> None:
         signal.signal(signal.SIGHUP, stop)
 
 
+def refuse_second_run(argv: list[str]) -> None:
+    """End at once if another job.py is at work in the workspace; only_run, which makes sure, comes seconds later."""
+    parser = OneLineParser(prog="job.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--workspace", default=WORKSPACE)
+    parser.add_argument("--export", "--help", "-h", action="store_true")
+    args, _ = parser.parse_known_args(argv)
+    with contextlib.suppress(OSError, RuntimeError, ValueError, psutil.Error):
+        run_folder = Path(args.workspace).expanduser().resolve() / JOB_NAME
+        lock = run_folder.with_suffix(".lock")
+        process = psutil.Process(int(lock.read_text()))
+        if process.create_time() < lock.stat().st_mtime and not args.export:  # else a later process of that number
+            sys.exit(f"job.py: error: {at_work(f'{process.pid} (job.py)', run_folder)}")
+
+
 @contextlib.contextmanager
 def only_run(run_folder: Path) -> Iterator[None]:
     """Be the only run in a folder, and leave none of its processes behind.
@@ -70,9 +89,9 @@ def only_run(run_folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise Busy(f"process {lock.read().strip()} (job.py) is at work in {run_folder}") from None
+            raise Busy(at_work(f"{lock.read().strip()} (job.py)", run_folder)) from None
         if orphans := processes_of(run_folder):
-            raise Busy(f"process {orphans[0].pid} (the simulation of a killed job.py) is at work in {run_folder}")
+            raise Busy(at_work(f"{orphans[0].pid} (the simulation of a killed job.py)", run_folder))
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -92,6 +111,7 @@ def only_run(run_folder: Path) -> Iterator[None]:
                 signal.signal(number, signal.SIG_IGN)
             over.set()
             kill_processes_of(run_folder)
+            lock.truncate(0)
 
 
 def keep_earlier_results(run_folder: Path) -> Path:

@@ -16,13 +16,13 @@ import guard
 
 guard.exit_on_signals()  # before the slow imports
 ARGV = sys.argv[1:]  # NVFlare takes --export and --export-dir out of sys.argv when it is imported, and warns of it
+guard.refuse_second_run(ARGV)
 warnings.filterwarnings("ignore", message="NVFlare reserves '--export'")
 
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.fuel.utils.log_utils import concise_log_dict
 from nvflare.recipe import SimEnv, add_experiment_tracking
-from nvflare.recipe.sim_env import WORKSPACE_ROOT
 from nvflare.recipe.spec import DEFAULT_EXPORT_DIR
 from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_evaluation
 from torch.utils.tensorboard import SummaryWriter
@@ -45,9 +45,7 @@ def main():
         else:
             with guard.only_run(run_folder):
                 simulate(args, run_folder)
-    except guard.Busy as error:
-        sys.exit(f"job.py: error: {error}: wait for its end, or choose another --workspace")
-    except (DataError, OSError) as error:
+    except (guard.Busy, DataError, OSError) as error:
         sys.exit(f"job.py: error: {guard.one_line(error)}")
 
 
@@ -256,7 +254,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--seed", "N", guard.number(int, 0, 2**32 - 1), 0, "initial weights, shuffling, synthetic data")
     flag("--initial_ckpt", "FILE", guard.checkpoint, None, "start from saved weights")
     flag("--gpu", "SPEC", guard.gpu_groups, None, "GPUs that the clients use, such as 0 or 0,1 (default: the first)")
-    flag("--workspace", "DIR", guard.workspace_folder, WORKSPACE_ROOT, "where a simulation keeps its results")
+    flag("--workspace", "DIR", guard.workspace_folder, guard.WORKSPACE, "where a simulation keeps its results")
     parser.add_argument("--export", action="store_true", help="write the job folder instead of running it")
     flag("--export-dir", "DIR", guard.export_folder, None, "where --export writes it (default: ./fl_job)")
     args = parser.parse_args(argv)

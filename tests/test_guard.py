@@ -95,7 +95,9 @@ def test_second_run_keeps_the_first_runs_results_but_nothing_of_a_run_without_an
 def test_second_run_in_a_workspace_is_refused_and_one_elsewhere_is_not(workspace):
     first = start_job(workspace, *SMALL, "--num_rounds", "2", "--epochs", "300")
     wait_until(lambda: in_training(workspace), first)
+    asked = time.monotonic()
     refused = run_job(workspace, *SMALL)
+    assert time.monotonic() - asked < 5
     assert refused.status == 1 and refused.output == ""
     assert refused.errors == (
         f"job.py: error: process {first.pid} (job.py) is at work in {workspace / 'hello-pt'}: "
