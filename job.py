@@ -74,6 +74,7 @@ def simulate(args: argparse.Namespace, run_folder: Path) -> None:
         check_complete(args, results)
     except RuntimeError as error:
         sys.exit(f"job.py: error: {guard.reason_of_failure(run_folder, error)}")
+    add_final_points(args, results)
     print_summary(args, dataset, results)
 
 
@@ -141,8 +142,8 @@ def quiet_console(run_folder: Path) -> str:
 
 def check_complete(args: argparse.Namespace, results: Path) -> None:
     """Raise RuntimeError if a round or the final evaluation is missing, of which NVFlare 2.9.0 may say nothing."""
-    model = results / "app_server" / FINAL_MODEL
-    rounds = torch.load(model, weights_only=True)["meta_props"]["current_round"] + 1 if model.exists() else 0
+    file = results / "app_server" / FINAL_MODEL
+    rounds = torch.load(file, weights_only=True)["meta_props"]["current_round"] + 1 if file.exists() else 0
     if rounds < args.num_rounds:
         raise RuntimeError(f"{rounds} of {args.num_rounds} rounds were completed")
     if evaluates(args.train_script):
@@ -151,6 +152,15 @@ def check_complete(args: argparse.Namespace, results: Path) -> None:
         for model in expected:
             if (sites := len(models.get(model, {}))) < args.n_clients:
                 raise RuntimeError(f"the model {model} was evaluated on {sites} of {args.n_clients} sites")
+
+
+def add_final_points(args: argparse.Namespace, results: Path) -> None:
+    """Add the final model's metrics to TensorBoard: NVFlare 2.9.0 tells no client which model it validates."""
+    _, models = read_results(results)
+    for site, metrics in models.get(FINAL_MODEL, {}).items():
+        with SummaryWriter(results / "tb_events" / site) as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step=args.num_rounds)
 
 
 def print_summary(args: argparse.Namespace, dataset: str, results: Path) -> None:
@@ -183,10 +193,6 @@ def print_summary(args: argparse.Namespace, dataset: str, results: Path) -> None
         best = max(accuracy, key=accuracy.get)
         print(f"The best is {best}: {accuracy[best]:.2f} % on average over the sites.")
 
-    for site, metrics in final.get("final", {}).items():
-        with SummaryWriter(results / "tb_events" / site) as writer:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, global_step=args.num_rounds)
     print(f"\nTensorBoard:\n  tensorboard --logdir {shlex.quote(str(results / 'tb_events'))}")
 
 
