@@ -8,7 +8,7 @@ import torch
 from nvflare.client.tracking import SummaryWriter
 from torch.nn import functional as F
 
-from data import DATA_ROOT, load_data, make_loader
+from data import DATA_ROOT, SPLITS, load_data, make_loader, take_shard
 from model import SimpleNetwork
 
 
@@ -21,6 +21,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_root", default=DATA_ROOT)
     parser.add_argument("--train_size", type=int)
     parser.add_argument("--test_size", type=int)
+    parser.add_argument("--split", choices=SPLITS, default="same")
+    parser.add_argument("--alpha", type=float)
+    parser.add_argument("--shard", type=int, default=1)
+    parser.add_argument("--num_shards", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -62,6 +66,7 @@ def main():
     flare.init()  # (2) join the federation
     try:
         train_set, _ = load_data(args.dataset, args.data_root, args.train_size, args.test_size, args.seed)
+        train_set = take_shard(train_set, args.split, args.alpha, args.shard, args.num_shards, args.seed)
         writer = SummaryWriter()  # TensorBoard's interface; FLARE carries the points to the server
         site_name = flare.get_site_name()
 

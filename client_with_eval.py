@@ -9,7 +9,7 @@ import torch
 from nvflare.client.tracking import SummaryWriter
 from torch.nn import functional as F
 
-from data import DATA_ROOT, load_data, make_loader
+from data import DATA_ROOT, SPLITS, load_data, make_loader, take_shard
 from model import SimpleNetwork
 
 BEST_LOCAL_MODEL = Path("best_local_model.pt")  # in this site's folder of the job: a restarted client finds it
@@ -24,6 +24,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_root", default=DATA_ROOT)
     parser.add_argument("--train_size", type=int)
     parser.add_argument("--test_size", type=int)
+    parser.add_argument("--split", choices=SPLITS, default="same")
+    parser.add_argument("--alpha", type=float)
+    parser.add_argument("--shard", type=int, default=1)
+    parser.add_argument("--num_shards", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -79,6 +83,7 @@ def main():
     flare.init()  # (2) join the federation
     try:
         train_set, test_set = load_data(args.dataset, args.data_root, args.train_size, args.test_size, args.seed)
+        train_set = take_shard(train_set, args.split, args.alpha, args.shard, args.num_shards, args.seed)
         test_loader = make_loader(test_set, batch_size=1000)
         writer = SummaryWriter()  # TensorBoard's interface; FLARE carries the points to the server
         site_name = flare.get_site_name()

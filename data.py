@@ -1,9 +1,10 @@
-"""The images: CIFAR-10, or a synthetic stand-in of the same shapes.
+"""The images: CIFAR-10, or a synthetic stand-in of the same shapes, and each site's share of them.
 
 Download CIFAR-10 ahead of time with `python data.py [--data_root DIR]`.
 """
 
 import argparse
+import os
 import queue
 import socket
 import sys
@@ -12,15 +13,21 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock  # comes with torch
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 DATA_ROOT = "/tmp/nvflare/data"
 CIFAR10_FOLDER = "cifar-10-batches-py"  # torchvision's name for it
 DECODED_FILE = "cifar10-uint8.pt"  # ours: see load_cifar10
 SIZES = {"cifar10": (50_000, 10_000), "synthetic": (5_000, 1_000)}  # training and test images
+SPLITS = ["same", "iid", "dirichlet"]  # see partition
+CLASSES = {
+    "cifar10": ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "synthetic": [str(label) for label in range(10)],
+}
 DOWNLOAD_TIMEOUT = 15  # seconds of silence
 
 
@@ -41,7 +48,8 @@ def load_data(
 
     Args:
         dataset: "cifar10" or "synthetic".
-        data_root: the folder of CIFAR-10, which is downloaded if it isn't there.
+        data_root: the folder of CIFAR-10, which is downloaded if it isn't there; a leading ~ and $VARIABLES are
+            those of the site.
         train_size, test_size: use only the first so many images, or draw so many synthetic ones; None means all.
         seed: seed of the synthetic images.
 
@@ -55,13 +63,59 @@ def load_data(
         train_set = draw_images(patterns, train_size or SIZES[dataset][0], train_seed)
         test_set = draw_images(patterns, test_size or SIZES[dataset][1], test_seed)
     else:
-        cifar10 = load_cifar10(Path(data_root))
+        cifar10 = load_cifar10(Path(os.path.expandvars(data_root)).expanduser())
         train_set = TensorDataset(*(tensor[:train_size] for tensor in cifar10["train"]))
         test_set = TensorDataset(*(tensor[:test_size] for tensor in cifar10["test"]))
     return train_set, test_set
 
 
-def make_loader(dataset: TensorDataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
+def take_shard(train_set: Dataset, split: str, alpha: float, shard: int, num_shards: int, seed: int) -> Dataset:
+    """Return a site's shard of the training images, number `shard` of 1 to num_shards; see partition."""
+    if split == "same":
+        return train_set
+    shards = partition(train_set.tensors[1].numpy(), num_shards, split, alpha, seed)
+    return Subset(train_set, shards[shard - 1].tolist())
+
+
+def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
+    """Deal images out in disjoint shards that hold them all, of sizes that differ by one image at most.
+
+    Args:
+        labels: int64 (N,), the class of each image.
+        split: "iid" deals at random. "dirichlet" skews the labels as Hsu et al. 2019 (arXiv:1909.06335) do: each
+            shard draws its mix of classes from Dir(alpha * p), where p is the mix of all images, and then draws
+            images by it. When a class is used up, the shard draws a new mix of those that are left.
+        alpha: > 0; near 0 a shard holds as few classes as it can, and in the thousands all shards look alike.
+
+    Returns:
+        The indices of each shard's images, int64.
+
+    Raises:
+        DataError: there are fewer images than shards.
+    """
+    if len(labels) < num_shards:
+        raise DataError(f"{len(labels)} training images are too few for {num_shards} sites: raise --train_size")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    shards = np.array_split(order, num_shards)
+    if split == "iid":
+        return shards
+
+    pools = [order[labels[order] == label] for label in np.unique(labels)]
+    prior = np.array([len(pool) for pool in pools]) / len(labels)
+    for i, size in enumerate(len(shard) for shard in shards):
+        left = np.array([len(pool) for pool in pools])
+        counts = np.zeros_like(left)
+        while missing := size - counts.sum():
+            mix, available = np.zeros(len(pools)), counts < left
+            mix[available] = rng.dirichlet(alpha * prior[available])
+            counts = np.minimum(counts + rng.multinomial(missing, mix), left)
+        shards[i] = np.concatenate([pool[:count] for pool, count in zip(pools, counts)])
+        pools = [pool[count:] for pool, count in zip(pools, counts)]
+    return shards
+
+
+def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
     """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
 
     With a generator, each epoch has an order of its own; without one the images keep theirs.

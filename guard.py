@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -27,7 +28,12 @@ import psutil  # comes with nvflare
 HERE = Path(__file__).resolve().parent
 JOB_NAME = "hello-pt"
 WORKSPACE = "/tmp/nvflare/simulation"  # NVFlare's own default
-MODEL = Path("server", "simulate_job", "app_server", "FL_global_model.pt")  # there once a round is complete
+MODEL = "server/**/app_server/FL_global_model.pt"  # there once a round is complete
+LOGS = [  # of what went wrong: simulated, on this machine's own servers, downloaded
+    "*/error_log.txt",
+    "poc/*/*/*/*/error_log.txt",
+    "server/*/workspace/error_log.txt",
+]
 FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
@@ -102,7 +108,7 @@ def only_run(run_folder: Path) -> Iterator[None]:
         try:
             yield
         except Stopped:
-            complete = (run_folder / MODEL).exists()
+            complete = any(run_folder.glob(MODEL))
             results = f"the rounds before are in {run_folder}" if complete else "no round was complete"
             print(f"job.py: stopped; {results}", file=sys.stderr)
             raise
@@ -120,7 +126,7 @@ def keep_earlier_results(run_folder: Path) -> Path:
     Returns:
         Where the earlier results are now; run_folder if there were none.
     """
-    if (run_folder / MODEL).exists() or run_folder.is_symlink():
+    if any(run_folder.glob(MODEL)) or run_folder.is_symlink():
         time = datetime.fromtimestamp(run_folder.lstat().st_mtime)
         kept = run_folder.with_name(f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}")
         run_folder.rename(kept)
@@ -129,6 +135,14 @@ def keep_earlier_results(run_folder: Path) -> Path:
     if run_folder.exists():
         shutil.rmtree(run_folder)
     return run_folder
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file so that nobody ever sees a part of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(file)
 
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:
@@ -171,20 +185,21 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     A line of NVFlare's logs: 2026-11-24 05:15:11,082 - ExternalProcessBackend - INFO - ValueError: no data
     """
 
-    def failure(site, reason):
-        return f"{site} failed: {reason} (see {run_folder / site / 'log.txt'})"
-
     if site := lost_client(run_folder):
-        return failure(site, "its process was killed")
-    logs = [log for log in run_folder.glob("*/error_log.txt") if log.stat().st_size]
+        return f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})"
+    logs = [log for place in LOGS for log in run_folder.glob(place) if log.stat().st_size]
     if not logs or "return code -" in str(error):  # the server's process died
-        return failure("server", str(error).partition(". ")[0])
+        return f"server failed: {str(error).partition('. ')[0]} (see {run_folder / 'server' / 'log.txt'})"
     first = min(logs, key=lambda log: log.read_text(errors="replace"))  # every log begins with a time
+    site = next(part for part in first.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
     errors = [line.split(" - ")[-1] for line in first.read_text(errors="replace").splitlines()]
     printed = re.findall(
         r" - ExternalProcessBackend - INFO - (.*)", first.with_name("log.txt").read_text(errors="replace")
     )
-    return failure(first.parent.name, last_exception(printed) or last_exception(errors) or errors[0])
+    reason = last_exception(printed) or last_exception(errors) or errors[0]
+    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", reason):  # of a site elsewhere
+        site, reason = found[1], f"{found[2]}, of which its own log says more"
+    return f"{site} failed: {reason} (see {first.with_name('log.txt')})"
 
 
 def last_exception(lines: list[str]) -> str | None:
@@ -291,7 +306,7 @@ def workspace_folder(text: str) -> Path:
     if run_folder.is_symlink() or not run_folder.exists():
         return folder
     strange = not run_folder.is_dir() or [
-        path.name for path in run_folder.iterdir() if not re.fullmatch(r"local|startup|server|site-\d+", path.name)
+        path.name for path in run_folder.iterdir() if not re.fullmatch(r"local|startup|poc|server|site-\d+", path.name)
     ]
     if strange:
         refuse(f"{run_folder} is not a simulation's folder, and would be lost: choose another one, or move it")
@@ -312,6 +327,17 @@ def export_folder(text: str) -> Path:
     if os.path.lexists(folder / JOB_NAME):
         refuse(f"{folder / JOB_NAME} exists: move it, or choose another folder")
     return folder
+
+
+def json_file(text: str) -> Path:
+    """Check that a file can be written which holds no more than JSON so far: a mistaken name destroys nothing."""
+    file = writable_folder(os.path.dirname(text) or ".") / os.path.basename(text)
+    try:
+        if os.path.lexists(file):
+            json.loads(file.read_text() if file.is_file() and not file.is_symlink() else "")
+    except (OSError, ValueError):
+        refuse(f"{text!r} is something else than a JSON file: choose another name")
+    return file
 
 
 def gpu_groups(text: str) -> str:

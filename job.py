@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import sys
 import tempfile
 import warnings
@@ -24,15 +23,14 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.fuel.utils.log_utils import concise_log_dict
 from nvflare.recipe import SimEnv, add_experiment_tracking
 from nvflare.recipe.spec import DEFAULT_EXPORT_DIR
-from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_evaluation
-from torch.utils.tensorboard import SummaryWriter
+from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_evaluation, set_per_site_config
 
-from data import DATA_ROOT, DECODED_FILE, SIZES, DataError, choose_dataset
+import summary
+from data import DATA_ROOT, DECODED_FILE, SPLITS, DataError, choose_dataset
+from deploy import deploy, user_of
 from model import SimpleNetwork
 
 HERE = Path(__file__).resolve().parent
-FINAL_MODEL, BEST_MODEL = "FL_global_model.pt", "best_FL_global_model.pt"  # NVFlare's names
-FORMATS = {"train_loss": "{:.4f}", "accuracy": "{:.2f} %"}  # of the metrics in the tables
 
 
 def main():
@@ -44,38 +42,53 @@ def main():
             print(f"The job is in {args.export_dir / guard.JOB_NAME}")
         else:
             with guard.only_run(run_folder):
-                simulate(args, run_folder)
+                run(args, run_folder)
     except (guard.Busy, DataError, OSError) as error:
         sys.exit(f"job.py: error: {guard.one_line(error)}")
 
 
-def simulate(args: argparse.Namespace, run_folder: Path) -> None:
-    """Run a federation on this machine and sum it up."""
-    dataset = choose_dataset(args.dataset, str(args.data_root))
+def run(args: argparse.Namespace, run_folder: Path) -> None:
+    """Run a federation and sum it up."""
+    if args.env == "prod":
+        user_of(args.startup_kit)
+        dataset = "cifar10" if args.dataset == "auto" else args.dataset
+    else:
+        dataset = choose_dataset(args.dataset, str(args.data_root))
+    data = summary.describe_data(args, dataset)
     kept = guard.keep_earlier_results(run_folder)
     if args.initial_ckpt and run_folder in args.initial_ckpt.parents:
         args.initial_ckpt = kept / args.initial_ckpt.relative_to(run_folder)
-    print(f"Training on {dataset}. NVFlare's logs: {run_folder}/*/log.txt", flush=True)
+    print(f"Training on {dataset}.")
+    summary.print_class_counts(args, data)
 
     recipe = make_recipe(args, dataset)
-    os.environ.pop("NVFLARE_SIMULATOR_WORKSPACE_ROOT", None)  # would override --workspace
     # Left alone, each client process takes all cores, and the clients spin against each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.num_threads)))
+    try:
+        results = simulate(args, recipe, run_folder) if args.env == "sim" else deploy(args, recipe, run_folder)
+        summary.check_complete(args, results, evaluates(args.train_script))
+    except RuntimeError as error:
+        sys.exit(f"job.py: error: {guard.reason_of_failure(run_folder, error)}")
+    summary.add_final_points(results, args.num_rounds)
+    report = summary.summarize(args, data, results)
+    if args.json:
+        guard.write_whole(args.json, json.dumps(report, indent=2) + "\n")
+    summary.print_summary(report)
+
+
+def simulate(args: argparse.Namespace, recipe: FedAvgRecipe, run_folder: Path) -> Path:
+    """Run a job in NVFlare's simulator; return the folder of its results."""
+    print(f"NVFlare's logs: {run_folder}/*/log.txt", flush=True)
+    os.environ.pop("NVFLARE_SIMULATOR_WORKSPACE_ROOT", None)  # would override --workspace
     env = SimEnv(
-        num_clients=args.n_clients,
+        clients=args.sites,
         num_threads=args.num_threads,
         gpu_config=args.gpu,
         log_config=quiet_console(run_folder),
         workspace_root=str(args.workspace),
     )
-    results = run_folder / "server" / "simulate_job"
-    try:
-        recipe.execute(env)
-        check_complete(args, results)
-    except RuntimeError as error:
-        sys.exit(f"job.py: error: {guard.reason_of_failure(run_folder, error)}")
-    add_final_points(args, results)
-    print_summary(args, dataset, results)
+    recipe.execute(env)
+    return run_folder / "server" / "simulate_job"
 
 
 def make_recipe(args: argparse.Namespace, dataset: str) -> FedAvgRecipe:
@@ -98,12 +111,16 @@ def make_recipe(args: argparse.Namespace, dataset: str) -> FedAvgRecipe:
         min_clients=args.n_clients,
         num_rounds=args.num_rounds,
         train_script=str(script),
-        train_args=" ".join(f"--{name} {shlex.quote(str(v))}" for name, v in client_flags.items() if v is not None),
+        train_args=command_line(client_flags),
         # A client that dies in a process of its own ends the job; in NVFlare 2.9.0's own process it hangs it.
         launch_external_process=True,
-        command="python3 -u" if args.export else f"{shlex.quote(sys.executable)} -u",
+        command="python3 -u" if args.export or args.env == "prod" else f"{shlex.quote(sys.executable)} -u",
         key_metric="accuracy" if evaluates(script) else "",  # the server keeps the best global model by it
     )
+    if args.split != "same":
+        client_flags |= {"split": args.split, "alpha": args.alpha, "num_shards": args.n_clients}
+        shards = {site: command_line(client_flags | {"shard": i}) for i, site in enumerate(args.sites, start=1)}
+        set_per_site_config(recipe, {site: {"train_args": flags} for site, flags in shards.items()})
     # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to its path below an entry of sys.path.
     sys.path.insert(0, str(script.parent))
     if not (script.parent / "data.py").exists():
@@ -113,9 +130,13 @@ def make_recipe(args: argparse.Namespace, dataset: str) -> FedAvgRecipe:
         add_cross_site_evaluation(recipe)
     elif evaluates(script):
         add_final_global_evaluation(recipe)
-    if not args.export:
+    if args.env == "sim" and not args.export:
         recipe.add_server_config({"server": {"task_request_interval": 0.2}})  # clients ask each 0.2 s, not 2 s
     return recipe
+
+
+def command_line(flags: dict[str, object]) -> str:
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
 
 
 def evaluates(script: Path) -> bool:
@@ -135,93 +156,6 @@ def quiet_console(run_folder: Path) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(config, indent=2))
     return str(file)
-
-
-# ---- What came of it ----
-
-
-def check_complete(args: argparse.Namespace, results: Path) -> None:
-    """Raise RuntimeError if a round or the final evaluation is missing, of which NVFlare 2.9.0 may say nothing."""
-    file = results / "app_server" / FINAL_MODEL
-    rounds = torch.load(file, weights_only=True)["meta_props"]["current_round"] + 1 if file.exists() else 0
-    if rounds < args.num_rounds:
-        raise RuntimeError(f"{rounds} of {args.num_rounds} rounds were completed")
-    if evaluates(args.train_script):
-        _, models = read_results(results)
-        expected = [FINAL_MODEL] + [f"site-{i + 1}" for i in range(args.n_clients) if args.cross_site_eval]
-        for model in expected:
-            if (sites := len(models.get(model, {}))) < args.n_clients:
-                raise RuntimeError(f"the model {model} was evaluated on {sites} of {args.n_clients} sites")
-
-
-def add_final_points(args: argparse.Namespace, results: Path) -> None:
-    """Add the final model's metrics to TensorBoard: NVFlare 2.9.0 tells no client which model it validates."""
-    _, models = read_results(results)
-    for site, metrics in models.get(FINAL_MODEL, {}).items():
-        with SummaryWriter(results / "tb_events" / site) as writer:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, global_step=args.num_rounds)
-
-
-def print_summary(args: argparse.Namespace, dataset: str, results: Path) -> None:
-    """Print the data, the metrics of all rounds and sites, and where the models and the curves are."""
-    rounds, models = read_results(results)
-    sites = [f"site-{i + 1}" for i in range(args.n_clients)]
-    train_size, test_size = args.train_size or SIZES[dataset][0], args.test_size or SIZES[dataset][1]
-    print(f"\nDone: {args.num_rounds} rounds on {args.n_clients} sites.")
-    print(f"Data: {dataset}, {train_size} training images a site, {test_size} test images.")
-    if args.dataset == "auto" and dataset == "synthetic":
-        print("      WARNING: SYNTHETIC images, since CIFAR-10 can't be had; the reason stands above.")
-
-    final = {"final": models[FINAL_MODEL]} if FINAL_MODEL in models else {}
-    evaluated = any("accuracy" in metrics for by_site in rounds for metrics in by_site.values())
-    what = ", and accuracy of the global model at the start of the round" if evaluated else ""
-    print(f"\nMean training loss{what}:")
-    print_table({f"round {i}": metrics for i, metrics in enumerate(rounds)} | final, sites)
-    if args.cross_site_eval:
-        print("\nAccuracy of each model (row) on each site's test images (column):")
-        print_table({name: models[name] for name in (FINAL_MODEL, BEST_MODEL, *sites) if name in models}, sites)
-
-    print("\nGlobal models:")
-    accuracy = {}
-    for file in (FINAL_MODEL, BEST_MODEL):
-        if (results / "app_server" / file).exists():
-            print(f"  {results / 'app_server' / file}")
-        if on_sites := [metrics["accuracy"] for metrics in models.get(file, {}).values() if "accuracy" in metrics]:
-            accuracy[file] = statistics.mean(on_sites)
-    if accuracy:
-        best = max(accuracy, key=accuracy.get)
-        print(f"The best is {best}: {accuracy[best]:.2f} % on average over the sites.")
-
-    print(f"\nTensorBoard:\n  tensorboard --logdir {shlex.quote(str(results / 'tb_events'))}")
-
-
-def read_results(results: Path) -> tuple[list[dict], dict[str, dict]]:
-    """Read the metrics {site: {name: value}} of each round, and of each model that was evaluated at the end."""
-    rounds, models = [], {}
-    round_metrics = results / "metrics" / "round_metrics.jsonl"  # missing if the clients report no metrics
-    for line in round_metrics.read_text().splitlines() if round_metrics.exists() else []:
-        sites = json.loads(line)["sites"]
-        rounds.append({site["name"]: {m["name"]: m["value"] for m in site["metrics"]} for site in sites})
-    validation = json.loads((results / "cross_site_val" / "cross_val_results.json").read_text())
-    for site, metrics_by_model in validation.items():
-        for model, metrics in metrics_by_model.items():
-            models.setdefault(model.removeprefix("SRV_"), {})[site] = metrics  # SRV_: a model of the server's
-    return rounds, models
-
-
-def print_table(rows: dict[str, dict], sites: list[str]) -> None:
-    """Print the training loss and the accuracy of each row on each site, six sites side by side."""
-    for first in range(0, len(sites), 6):
-        block = sites[first : first + 6]
-        print(" " * 25 + "".join(f"{site:>18}" for site in block))
-        for name, metrics in rows.items():
-            print(f"  {name:<23}" + "".join(f"{show(metrics.get(site, {})):>18}" for site in block))
-
-
-def show(metrics: dict) -> str:
-    parts = [form.format(metrics[name]) for name, form in FORMATS.items() if name in metrics]
-    return "  ".join(parts) or "-"
 
 
 # ---- The command line ----
@@ -254,27 +188,72 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default="auto",
         help="auto is cifar10 if it can be had, otherwise synthetic images (default: %(default)s)",
     )
-    flag("--data_root", "DIR", data_folder, DATA_ROOT, "where CIFAR-10 lies or is downloaded to")
+    flag("--data_root", "DIR", str, DATA_ROOT, "where CIFAR-10 lies or is downloaded to")
     flag("--train_size", "N", guard.number(int, 1, 50_000), None, "use only so many training images (default: all)")
     flag("--test_size", "N", guard.number(int, 1, 10_000), None, "use only so many test images (default: all)")
-    flag("--seed", "N", guard.number(int, 0, 2**32 - 1), 0, "initial weights, shuffling, synthetic data")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="same",
+        help="each site's training images: all of them, or a share of its own, at random or of skewed classes "
+        "(default: %(default)s)",
+    )
+    flag("--alpha", "X", guard.number(float, 1e-6, 1e6), None, "skew of dirichlet, small is strong (default: 0.5)")
+    flag("--seed", "N", guard.number(int, 0, 2**32 - 1), 0, "initial weights, shuffling, synthetic data, split")
     flag("--initial_ckpt", "FILE", guard.checkpoint, None, "start from saved weights")
     flag("--gpu", "SPEC", guard.gpu_groups, None, "GPUs that the clients use, such as 0 or 0,1 (default: the first)")
-    flag("--workspace", "DIR", guard.workspace_folder, guard.WORKSPACE, "where a simulation keeps its results")
+    parser.add_argument(
+        "--env",
+        choices=["sim", "poc", "prod"],
+        default="sim",
+        help="simulator; server and clients of their own on this machine; or a provisioned federation "
+        "(default: %(default)s)",
+    )
+    flag("--startup_kit", "DIR", Path, None, "your admin startup kit for --env prod")
+    flag("--workspace", "DIR", guard.workspace_folder, guard.WORKSPACE, "where the results are kept")
+    flag("--json", "FILE", guard.json_file, None, "write all that the summary says as a JSON document, too")
     parser.add_argument("--export", action="store_true", help="write the job folder instead of running it")
     flag("--export-dir", "DIR", guard.export_folder, None, "where --export writes it (default: ./fl_job)")
     args = parser.parse_args(argv)
 
     run_folder = args.workspace / guard.JOB_NAME
+    for name in ("num_threads", "gpu"):
+        if vars(args)[name] and args.env != "sim":
+            parser.error(f"--{name} is for --env sim")
+    if args.export and (misplaced := [name for name in ("gpu", "json", "num_threads") if vars(args)[name]]):
+        parser.error(f"--{misplaced[0]} is for a run, and says nothing to --export")
+    if args.export and args.env != "sim":
+        parser.error(f"--export and --env {args.env} are two ways to use a job: choose one")
+    if (args.env == "prod") != (args.startup_kit is not None):
+        parser.error("--env prod and --startup_kit go together")
+    if args.env == "prod" or args.export:  # a path on the sites
+        if not re.match(r"[/~$]", args.data_root):
+            parser.error(
+                f"--data_root {args.data_root!r} is on the sites: it begins with / or ~ or a $VARIABLE of theirs"
+            )
+    else:
+        try:
+            args.data_root = data_folder(args.data_root)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --data_root: {error}")
+    args.sites = [f"site-{i + 1}" for i in range(args.n_clients)]
     args.num_threads = args.num_threads or args.n_clients
     if args.num_threads > args.n_clients:
         parser.error(f"--num_threads {args.num_threads} is more than --n_clients {args.n_clients}")
+    if args.alpha and args.split != "dirichlet":
+        parser.error("--alpha needs --split dirichlet")
+    if args.split == "dirichlet":
+        args.alpha = args.alpha or 0.5
+    if args.split != "same" and args.train_size and args.train_size < args.n_clients:
+        parser.error(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
     if args.gpu and len(re.findall(r"\[.*?\]|\d+", args.gpu)) > args.n_clients:
         parser.error(f"--gpu {args.gpu} has more groups than --n_clients {args.n_clients}")
     if args.cross_site_eval and not evaluates(args.train_script):
         parser.error("--cross_site_eval needs a script that evaluates, such as client_with_eval.py")
-    if run_folder in (*args.train_script.parents, args.data_root, *args.data_root.parents):
+    if run_folder in (*args.train_script.parents, Path(args.data_root), *Path(args.data_root).parents):
         parser.error(f"--train_script and --data_root can't be in {run_folder}, which makes room for the new run")
+    if args.json and run_folder in args.json.parents:
+        parser.error(f"--json can't be in {run_folder}, which makes room for the new run")
     if args.export_dir and not args.export:
         parser.error("--export-dir needs --export")
     if args.export and not args.export_dir:
@@ -290,6 +269,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def data_folder(text: str) -> Path:
     """Check that CIFAR-10 is ready in a folder, or can be put there."""
+    text = os.path.expandvars(text)
     return Path(text).resolve() if os.path.isfile(os.path.join(text, DECODED_FILE)) else guard.writable_folder(text)
 
 

@@ -1,18 +1,23 @@
-"""Measure what federation adds to the training itself, in time and memory: python tests/benchmark_job.py
+"""Measure job.py, in time and memory: python tests/benchmark_job.py [cost] [clients] [rounds] [growth]
 
-(a) bare:  as many plain PyTorch processes at once as there are clients, without NVFlare, one thread each,
-           which take the same steps on the same images;
-(b) floor: the same job with a client that sends back the model that it received;
-(c) job:   python job.py.
+cost:    (a) bare:  as many plain PyTorch processes at once as there are clients, without NVFlare, one thread each,
+                    which take the same steps on the same images;
+         (b) floor: the same job with a client that sends back the model that it received;
+         (c) job:   python job.py.
+         (c - b) / a is the cost of a client's step beside a bare one, the processes' start included.
+clients: the memory of a whole run with 2, 4, 8 and 16 clients at its peak, and what each further client adds; the
+         time from a client's start to its first step, and the same if each client reads the images' files by itself.
+rounds:  the time that a further round of a short job takes.
+growth:  the memory of each process over 50 rounds of a short job, and its growth a round after the fifth.
 
-(c - b) / a is the cost of a client's step beside a bare one, the processes' start included. Memory is
-the proportional set size (PSS) of all processes of the job together, at its peak; it has a run of its
-own, since looking at it costs time.
+Memory is the proportional set size (PSS): of what processes share, each counts its part. Runs in which it is read
+are not timed, since reading it costs time.
 """
 
 import argparse
 import contextlib
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -44,6 +49,79 @@ for _ in range(epochs):
 """
 
 
+def cost(job: list[str], args: argparse.Namespace) -> None:
+    bare = [[sys.executable, "-c", BARE, args.dataset, args.data_root, "4", str(i)] for i in range(args.n_clients)]
+    job = [*job, f"--n_clients={args.n_clients}"]
+    rows = []
+    for _ in range(args.repeats):
+        a = run(bare, OMP_NUM_THREADS="1")
+        b = run([[*job, "--train_script=tests/echo_client.py"]])
+        c = run([job])
+        rows.append((a, b, c, (c - b) / a))
+        print("a {:.1f} s   b {:.1f} s   c {:.1f} s   (c - b) / a {:.3f}".format(*rows[-1]), flush=True)
+    if args.repeats > 1:
+        medians = [statistics.median(column) for column in zip(*rows)]
+        print("medians: a {:.1f} s   b {:.1f} s   c {:.1f} s   (c - b) / a {:.3f}".format(*medians))
+    print(f"peak memory of the job {peak_memory(job) / 1000:.2f} GB", flush=True)
+
+
+def clients(job: list[str], args: argparse.Namespace) -> None:
+    job = [*job, "--num_rounds=1", "--epochs=1"]
+    peaks = {n: peak_memory([*job, f"--n_clients={n}"]) for n in (2, 4, 8, 16)}
+    for (n, peak), (more, higher) in zip(peaks.items(), list(peaks.items())[1:]):
+        print(f"{n:>2} clients {peak:.0f} MB, {more:>2} clients {higher:.0f} MB: ", end="")
+        print(f"{(higher - peak) / (more - n):.0f} MB for each further client", flush=True)
+    if args.dataset == "cifar10":
+        timed = [*job, "--train_script=tests/timed_client.py", "--train_size=1000"]
+        shared, own = [], []
+        for _ in range(args.repeats):
+            shared += first_steps(timed)
+            own += first_steps(timed, OWN_COPY="1")
+        print(
+            f"start to first step: {statistics.median(shared):.2f} s, {statistics.median(own):.2f} s if each client ",
+            end="",
+        )
+        print(f"reads the images' files; ratio {statistics.median(shared) / statistics.median(own):.2f}", flush=True)
+
+
+def rounds(job: list[str], args: argparse.Namespace) -> None:
+    job = [*job, "--train_size=64", "--epochs=1"]
+    for _ in range(args.repeats):
+        few, many = (run([[*job, f"--num_rounds={n}"]]) for n in (1, 21))
+        print(f"1 round {few:.1f} s, 21 rounds {many:.1f} s: {(many - few) / 20:.2f} s a further round", flush=True)
+
+
+def growth(job: list[str], args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as workspace:
+        job = [*job, "--train_size=64", "--epochs=1", "--num_rounds=50", f"--workspace={workspace}"]
+        process = subprocess.Popen(job, cwd=REPO, stdout=subprocess.DEVNULL)
+        metrics = Path(workspace, "hello-pt", "server", "simulate_job", "metrics", "round_metrics.jsonl")
+        curves, names, rounds = {}, {}, 0  # MB of each process after each round
+        while process.poll() is None:
+            time.sleep(0.05)
+            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            if rounds < done < 50:  # after the last round, processes that end give back what others shared with them
+                rounds = done
+                for member in family(process.pid):
+                    with contextlib.suppress(psutil.Error):
+                        curves.setdefault(member.pid, {})[rounds] = member.memory_full_info().pss / 1e6
+                        names[member.pid] = name(member)
+    shown = [5, 10, 20, 30, 40, 49]
+    print(f"{'MB after round':<24}" + "".join(f"{i:>8}" for i in shown) + "   a round")
+    for pid, curve in curves.items():
+        if curve.keys() >= set(shown):  # not a helper that lived for some rounds
+            cells = "".join(f"{curve[i]:>8.1f}" for i in shown)
+            print(f"{names[pid]:<24}{cells}{(curve[49] - curve[5]) / 44:>+10.3f}", flush=True)
+
+
+def name(process: psutil.Process) -> str:
+    command = " ".join(process.cmdline())
+    for pattern in (r"custom/(\w+\.py)", r"simulator_worker.*?(site-\d+)", r"(simulator\w*)", r"(\w+\.py)"):
+        if found := re.search(pattern, command):
+            return found[1]
+    return process.name()
+
+
 def run(commands: list[list[str]], **env: str) -> float:
     """Run commands side by side; return the seconds until all have ended."""
     start = time.perf_counter()
@@ -56,49 +134,53 @@ def run(commands: list[list[str]], **env: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_pss(command: list[str]) -> float:
-    """Run a command; return the peak PSS in GB of it and all that it started, looked at every half second."""
+def first_steps(command: list[str], **env: str) -> list[float]:
+    """Run a job of timed clients; return the seconds from each client's start to its first step."""
+    env["CLIENT"] = str(REPO / "client.py")
+    output = subprocess.run(
+        command, cwd=REPO, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    return [float(seconds) for seconds in re.findall(r"first step (\S+) s", output)]
+
+
+def peak_memory(command: list[str]) -> float:
+    """Run a command; return the peak PSS in MB of it and all that it started, looked at every half second."""
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, pss(psutil.Process(process.pid)))
+        total = 0
+        for member in family(process.pid):
+            with contextlib.suppress(psutil.Error):
+                total += member.memory_full_info().pss
+        peak = max(peak, total)
         time.sleep(0.5)
-    return peak / 1e9
+    return peak / 1e6
 
 
-def pss(parent: psutil.Process) -> int:
-    """Return the proportional set size in bytes of a process and all that it started."""
-    total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in [parent, *parent.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_full_info().pss
-    return total
+def family(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
 
 
 def main() -> None:
+    measurements = {"cost": cost, "clients": clients, "rounds": rounds, "growth": growth}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n_clients", type=int, default=2)
+    parser.add_argument("what", nargs="*", metavar="MEASUREMENT", help="cost, clients, rounds or growth (default: all)")
+    parser.add_argument("--n_clients", type=int, default=2, help="of the cost (default: %(default)s)")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data_root", default="/tmp/nvflare/data")
-    parser.add_argument("--repeats", type=int, default=1, help="measure so often, and print the medians too")
+    parser.add_argument("--repeats", type=int, default=1, help="measure times so often")
     args = parser.parse_args()
+    if unknown := set(args.what) - measurements.keys():
+        parser.error(f"there is no measurement {' '.join(sorted(unknown))}")
 
     with tempfile.TemporaryDirectory() as workspace:
-        job = [sys.executable, "job.py", f"--n_clients={args.n_clients}", f"--dataset={args.dataset}"]
-        job += [f"--data_root={args.data_root}", f"--workspace={workspace}"]
-        bare = [[sys.executable, "-c", BARE, args.dataset, args.data_root, "4", str(i)] for i in range(args.n_clients)]
-        rows = []
-        for _ in range(args.repeats):
-            a = run(bare, OMP_NUM_THREADS="1")
-            b = run([[*job, "--train_script=tests/echo_client.py"]])
-            c = run([job])
-            rows.append((a, b, c, (c - b) / a))
-            print("a {:.1f} s   b {:.1f} s   c {:.1f} s   (c - b) / a {:.3f}".format(*rows[-1]), flush=True)
-        if args.repeats > 1:
-            medians = [statistics.median(column) for column in zip(*rows)]
-            print("medians: a {:.1f} s   b {:.1f} s   c {:.1f} s   (c - b) / a {:.3f}".format(*medians))
-        print(f"peak PSS of the job {peak_pss(job):.2f} GB")
+        job = [sys.executable, "job.py", f"--dataset={args.dataset}", f"--data_root={args.data_root}"]
+        job += [f"--workspace={workspace}"]
+        for what in args.what or measurements:
+            measurements[what](job, args)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Run:
 
     @property
     def results(self) -> Path:
-        return self.folder / "server" / "simulate_job"
+        return next(self.folder.glob("server/**/app_server")).parent
 
     def weights(self) -> dict[str, torch.Tensor]:
         return torch.load(self.results / "app_server" / "FL_global_model.pt", weights_only=True)["model"]

@@ -93,6 +93,30 @@ def files(tmp_path, monkeypatch):
         *(f"--gpu {spec}" for spec in ("gpu0", "-1", "0,", "[0", "[]", "0;1", "")),
         "--gpu 0,1,2",
         "--gpu [0],[1],[2]",
+        *(f"--split {split}" for split in ("equal", "IID", "")),
+        *(f"--split dirichlet --alpha {alpha}" for alpha in ("0", "-1", "nan", "inf", "1e-7", "1e7", "small", "")),
+        "--alpha 0.5",
+        "--split iid --alpha 0.5",
+        "--split iid --n_clients 3 --train_size 2",
+        "--split dirichlet --n_clients 100 --train_size 99",
+        *(
+            f"--json {path}"
+            for path in ("text.pt", "folder.py", "text.pt/below.json", "loop", "fifo.pt", "", "~nobody_here/x")
+        ),
+        "--json run/hello-pt/report.json --workspace run",
+        "--json report.json --export",
+        *(f"--env {env}" for env in ("simulation", "")),
+        "--env prod",
+        "--startup_kit kit",
+        "--env poc --startup_kit kit",
+        *(
+            f"--env {env} {flags}"
+            for env in ("poc", "prod --startup_kit kit")
+            for flags in ("--gpu 0", "--num_threads 1")
+        ),
+        *(f"--env prod --startup_kit kit --data_root {path}" for path in ("data", "./data", "")),
+        *(f"--export --data_root {path}" for path in ("data", "")),
+        *(f"--export {flags}" for flags in ("--env poc", "--env prod --startup_kit kit", "--gpu 0", "--num_threads 1")),
         "--export-dir somewhere",
         "--export-dir",
         "--export-dir --export",
@@ -148,3 +172,17 @@ def test_exported_job_is_complete_and_names_nothing_of_this_machine(tmp_path):
     assert "--dataset cifar10" in " ".join(command) and "--lr 0.02" in " ".join(command)
     for file in exported.rglob("*.json"):
         assert str(REPO) not in file.read_text() and str(tmp_path) not in file.read_text()
+
+
+def test_exported_job_shows_each_sites_share(tmp_path):
+    flags = ["--n_clients", "3", "--split", "dirichlet", "--alpha", "0.3", "--export", "--export-dir", str(tmp_path)]
+    run = run_job(tmp_path / "workspace", *flags)
+    assert run.status == 0, run.errors
+    exported = tmp_path / "hello-pt"
+    assert len(json.loads((exported / "meta.json").read_text())["deploy_map"]) == 4
+    for i in (1, 2, 3):
+        app = exported / f"app_site-{i}"
+        client = json.loads((app / "config" / "config_fed_client.json").read_text())
+        command = " ".join(client["executors"][0]["executor"]["args"]["command"])
+        assert f"--split dirichlet --alpha 0.3 --num_shards 3 --shard {i}" in command
+        assert {file.name for file in (app / "custom").iterdir()} == {"client.py", "data.py", "model.py"}

@@ -1,5 +1,6 @@
 """The federation against arithmetic: what NVFlare's FedAvg returns is what plain PyTorch and a mean give."""
 
+import re
 import shutil
 import zlib
 
@@ -9,18 +10,19 @@ from torch.nn import functional as F
 
 import guard
 from conftest import REPO, run_job
-from data import load_data, make_loader
+from data import load_data, make_loader, partition
 from model import SimpleNetwork
 
 SIZE = 80
+ALL = list(range(SIZE))
 
 
-def train_locally(weights, site, round, seed, size=SIZE):
+def train_locally(weights, site, round, seed, images, batch_size):
     """Train one site for one round of two epochs with plain PyTorch; return its weights and steps."""
     train_set, _ = load_data("synthetic", "", SIZE, 1, seed)
-    train_set = torch.utils.data.TensorDataset(*(tensor[:size] for tensor in train_set.tensors))
+    train_set = torch.utils.data.TensorDataset(*(tensor[images] for tensor in train_set.tensors))
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site} {round}".encode()))
-    loader = make_loader(train_set, 16, generator)
+    loader = make_loader(train_set, batch_size, generator)
     model = SimpleNetwork()
     model.load_state_dict(weights)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -32,13 +34,17 @@ def train_locally(weights, site, round, seed, size=SIZE):
     return model.state_dict(), 2 * len(loader)
 
 
-def fedavg(sizes, rounds, seed, weights=None):
-    """Average the weights of sites with training sets of these sizes, by their steps, for some rounds."""
+def fedavg(images, rounds, seed, weights=None, batch_size=16, by_steps=True):
+    """Average the weights of sites with these training images, by their steps or all alike, for some rounds."""
     weights = weights or SimpleNetwork(seed).state_dict()
     for round in range(rounds):
-        results = [train_locally(weights, f"site-{i + 1}", round, seed, size) for i, size in enumerate(sizes)]
-        total = sum(steps for _, steps in results)
-        weights = {name: sum(local[name] * steps for local, steps in results) / total for name in weights}
+        results = [
+            train_locally(weights, f"site-{i + 1}", round, seed, own, batch_size) for i, own in enumerate(images)
+        ]
+        total = sum(steps if by_steps else 1 for _, steps in results)
+        weights = {
+            name: sum(local[name] * (steps if by_steps else 1) for local, steps in results) / total for name in weights
+        }
     return weights
 
 
@@ -54,7 +60,7 @@ def one_client(tmp_path_factory):
 
 def test_one_client_is_plain_training(one_client):
     assert one_client.status == 0, one_client.errors
-    assert distance(one_client.weights(), fedavg([SIZE], rounds=3, seed=0)) < 1e-6
+    assert distance(one_client.weights(), fedavg([ALL], rounds=3, seed=0)) < 1e-6
 
 
 @pytest.mark.parametrize("saved", ["the result of the run before", "a state_dict"])
@@ -65,31 +71,59 @@ def test_saved_weights_are_trained_further(one_client, tmp_path, saved):
     if saved == "the result of the run before":  # whose folder the new run renames
         workspace = tmp_path / "copy"
         shutil.copytree(one_client.folder, workspace / "hello-pt")
-        checkpoint, weights = workspace / "hello-pt" / guard.MODEL, one_client.weights()
+        checkpoint, weights = next((workspace / "hello-pt").glob(guard.MODEL)), one_client.weights()
     flags = ["--n_clients", "1", "--num_rounds", "1", "--train_size", str(SIZE), "--test_size", "1"]
     run = run_job(workspace, *flags, "--initial_ckpt", str(checkpoint))
     assert run.status == 0, run.errors
-    assert distance(run.weights(), fedavg([SIZE], rounds=1, seed=0, weights=weights)) < 1e-6
+    assert distance(run.weights(), fedavg([ALL], rounds=1, seed=0, weights=weights)) < 1e-6
 
 
 def test_three_clients_and_another_seed(tmp_path):
     flags = ["--n_clients", "3", "--num_rounds", "2", "--train_size", str(SIZE), "--test_size", "1", "--seed", "7"]
     run = run_job(tmp_path / "workspace", *flags)
     assert run.status == 0, run.errors
-    assert distance(run.weights(), fedavg([SIZE] * 3, rounds=2, seed=7)) < 1e-5
-    assert distance(run.weights(), fedavg([SIZE] * 3, rounds=2, seed=0)) > 1e-2
+    assert distance(run.weights(), fedavg([ALL] * 3, rounds=2, seed=7)) < 1e-5
+    assert distance(run.weights(), fedavg([ALL] * 3, rounds=2, seed=0)) > 1e-2
 
 
-def test_sites_are_weighted_by_their_steps(tmp_path):
-    line = "        writer = SummaryWriter("
-    smaller = "train_set = torch.utils.data.TensorDataset(*(tensor[:16] for tensor in train_set.tensors))"
-    script = tmp_path / "unequal_client.py"
-    source = (REPO / "client.py").read_text()
-    script.write_text(
-        source.replace(line, f'        if flare.get_site_name() == "site-2":\n            {smaller}\n{line}')
-    )
-    flags = ["--train_size", str(SIZE), "--test_size", "1", "--train_script", str(script)]
-    run = run_job(tmp_path / "workspace", *flags)
+def test_sites_train_on_their_shares_and_are_weighted_by_their_steps(tmp_path):
+    # 27, 27 and 26 images, in batches of 13: 3, 3 and 2 steps an epoch.
+    flags = ["--n_clients", "3", "--train_size", str(SIZE), "--test_size", "1", "--split", "dirichlet", "--alpha", "1"]
+    run = run_job(tmp_path / "workspace", *flags, "--batch_size", "13")
     assert run.status == 0, run.errors
-    assert distance(run.weights(), fedavg([SIZE, 16], rounds=2, seed=0)) < 1e-6
-    assert distance(run.weights(), fedavg([SIZE, SIZE], rounds=2, seed=0)) > 1e-4
+    train_set, _ = load_data("synthetic", "", SIZE, 1, 0)
+    labels = train_set.tensors[1].numpy()
+    shares = partition(labels, 3, "dirichlet", 1, 0)
+    assert distance(run.weights(), fedavg(shares, rounds=2, seed=0, batch_size=13)) < 1e-5
+    assert distance(run.weights(), fedavg(shares, rounds=2, seed=0, batch_size=13, by_steps=False)) > 1e-4
+
+
+def test_privacy_filter_of_the_readme_is_applied(tmp_path):
+    section = (REPO / "README.md").read_text().partition("### Privacy filters")[2]
+    imports, argument, statement = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:3]
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    for file in REPO.glob("*.py"):
+        shutil.copy(file, repo)
+    source = (REPO / "job.py").read_text()
+    for line, new in [
+        ("import torch\n", imports),
+        ("        launch_external_process=True,\n", argument),
+        ('    add_experiment_tracking(recipe, "tensorboard")\n', statement),
+    ]:
+        assert source.count(line) == 1
+        source = source.replace(line, line + new)
+    (repo / "job.py").write_text(source)
+
+    flags = ["--n_clients", "1", "--num_rounds", "1", "--train_size", str(SIZE), "--test_size", "1"]
+    run = run_job(tmp_path / "workspace", *flags, repo=repo)
+    assert run.status == 0, run.errors
+    steps = 10
+    before, trained = SimpleNetwork(0).state_dict(), fedavg([ALL], rounds=1, seed=0)
+    parts = {name: (trained[name] - before[name]) / steps for name in before}
+    median = torch.cat([part.flatten().abs() for part in parts.values()]).quantile(0.5)
+    largest = max(part.abs().max() for part in parts.values())
+    assert largest > 0.001 > median  # so that both rules of the filter count
+    kept = {name: torch.where(part.abs() < median, 0, part).clamp(-0.001, 0.001) for name, part in parts.items()}
+    assert distance(run.weights(), {name: before[name] + steps * kept[name] for name in before}) < 1e-6
+    assert distance(run.weights(), trained) > 1e-3

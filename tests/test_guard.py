@@ -13,8 +13,9 @@ import pytest
 
 import guard
 from conftest import REPO, finish, run_job, start_job
-from guard import MODEL, processes_of
+from guard import processes_of
 
+MODEL = "server/simulate_job/app_server/FL_global_model.pt"
 SMALL = ["--train_size", "32", "--test_size", "20", "--num_rounds", "1"]
 MANY_ROUNDS = ["--epochs", "10", "--num_rounds", "100000"]
 ENDLESS = ["--train_size", "1000", "--epochs", "100000"]

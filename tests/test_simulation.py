@@ -1,8 +1,16 @@
 """Real simulations, run as a user runs them and read back from the files that they leave."""
 
+import contextlib
 import json
 import re
+import shlex
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +46,8 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     workspace = tmp_path_factory.mktemp("evaluated") / "workspace"
-    return run_job(workspace, *SMALL, "--train_script", "client_with_eval.py", "--cross_site_eval", **ONE_THREAD)
+    flags = [*SMALL, "--train_script", "client_with_eval.py", "--cross_site_eval"]
+    return run_job(workspace, *flags, "--json", str(workspace.parent / "report.json"), **ONE_THREAD)
 
 
 def test_training_alone_leaves_a_model_and_a_summary(plain):
@@ -100,9 +109,60 @@ def test_cross_site_evaluation_has_every_model_on_every_site(evaluated):
     results = cross_site_results(evaluated)
     assert set(results) == set(SITES) and all(set(results[site]) == models for site in SITES)
     table = evaluated.output.partition("Accuracy of each model")[2]
+    best = {site: max(metrics["accuracy"] for metrics in results[site].values()) for site in SITES}
     for model in models:
-        cells = "  +".join(f"{results[site][model]['accuracy']:.2f} %" for site in SITES)
-        assert re.search(rf"\n  {re.escape(model.removeprefix('SRV_'))} +{cells}\n", table)
+        accuracy = {site: results[site][model]["accuracy"] for site in SITES}
+        cells = " +".join(f"{accuracy[site]:.2f} %" + r"\*" * (accuracy[site] == best[site]) for site in SITES)
+        assert re.search(rf"\n  {re.escape(model.removeprefix('SRV_'))} +{cells} ?\n", table)
+
+
+def test_report_holds_what_the_summary_says(evaluated):
+    report = json.loads((evaluated.folder.parent.parent / "report.json").read_text())
+    assert report["settings"]["train_script"] == str(REPO / "client_with_eval.py")
+    assert report["settings"]["num_rounds"] == 2 and report["settings"]["lr"] == 0.01
+    data = report["data"]
+    assert (data["dataset"], data["train_size"], data["test_size"]) == ("synthetic", 64, 100)
+    assert [sum(data["class_counts"][site]) for site in SITES] == [64, 64]
+    results = cross_site_results(evaluated)
+    for site in SITES:
+        for round, metrics in enumerate(report["rounds"]):
+            assert metrics[site]["accuracy"] == pytest.approx(scalars(evaluated, site)["accuracy"][round])
+            assert f"{metrics[site]['train_loss']:.4f}" in evaluated.output
+        assert {model: by_site[site] for model, by_site in report["models"].items()} == {
+            model.removeprefix("SRV_"): metrics for model, metrics in results[site].items()
+        }
+    best = report["best_model"]
+    assert f"The best is {best['name']}: {best['accuracy']:.2f} %" in evaluated.output
+    assert f"  {report['tensorboard_command']}\n" in evaluated.output
+    for file in report["paths"]["models"]:
+        assert f"  {file}\n" in evaluated.output and torch.load(file, weights_only=True)["model"]
+
+
+def test_tensorboard_command_of_the_summary_shows_each_site_and_tag(evaluated):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*shlex.split(evaluated.output.splitlines()[-1]), "--port", str(port)]
+    assert command[0] == "tensorboard"
+    command[0] = str(Path(sys.executable).with_name("tensorboard"))  # of this virtual environment
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        plugin = f"http://127.0.0.1:{port}/data/plugin/scalars"
+        expected = {site: {"train_loss", "accuracy", "loss"} for site in SITES}
+        end = time.monotonic() + 60
+        tags = {}
+        while {run: set(found) for run, found in tags.items()} != expected:
+            assert server.poll() is None and time.monotonic() < end, (tags, server.communicate())
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):
+                tags = json.load(urllib.request.urlopen(f"{plugin}/tags"))
+        for site in SITES:
+            for tag in expected[site]:
+                points = json.load(urllib.request.urlopen(f"{plugin}/scalars?run={site}&tag={tag}"))
+                assert {step: value for _, step, value in points} == pytest.approx(scalars(evaluated, site)[tag])
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_best_local_model_is_handed_over(evaluated):
@@ -161,8 +221,11 @@ def test_final_evaluation_that_fails_is_no_success(tmp_path):
     line = "            if flare.is_evaluate():"
     script = tmp_path / "faulty.py"
     script.write_text(source.replace(line, f"{line}\n                raise KeyError('no such thing')\n{line}"))
-    run = run_job(tmp_path / "workspace", *SMALL, "--num_rounds", "1", "--train_script", str(script))
+    report = tmp_path / "report.json"
+    flags = [*SMALL, "--num_rounds", "1", "--train_script", str(script), "--json", str(report)]
+    run = run_job(tmp_path / "workspace", *flags)
     assert run.status == 1
+    assert not report.exists()
     assert re.fullmatch(r"job\.py: error: site-[12] failed: KeyError: 'no such thing' \(see .*log.txt\)\n", run.errors)
 
 

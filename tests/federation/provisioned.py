@@ -1,0 +1,113 @@
+"""A provisioned federation on this machine: a server and two sites, mutual TLS, started by their own scripts."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import yaml
+
+from conftest import REPO
+
+SITES = ["site-1", "site-2"]
+PARTICIPANTS = ["server", *SITES]
+ADMIN = "admin@hello-pt.org"
+MARK = "HELLO_PT_FEDERATION"  # in the environment of the federation's processes: its folder
+BIN = Path(sys.executable).parent
+NETWORK = "hello-pt"  # of separate_hosts
+SERVER_ADDRESS = "10.213.77.2"
+
+
+class Federation:
+    """What docs/project.yml describes.
+
+    Args:
+        folder: where `nvflare provision -w` puts, or has put, the startup kits.
+        hosts: what to put in front of a command to run it on a participant's host; None: all run on this one.
+    """
+
+    def __init__(self, folder: Path, hosts: dict[str, list[str]] | None = None):
+        self.folder, self.hosts = folder, hosts or {}
+
+    def provision(self, server_address: str) -> None:
+        project = yaml.safe_load((REPO / "docs" / "project.yml").read_text())
+        project["participants"][0]["default_host"] = server_address
+        file = self.folder / "project.yml"
+        file.write_text(yaml.safe_dump(project))
+        subprocess.run([BIN / "nvflare", "provision", "-p", file, "-w", self.folder], check=True)
+
+    def kit(self, participant: str) -> Path:
+        return self.folder / "hello-pt" / "prod_00" / participant
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", MARK: str(self.folder)}
+
+    def start(self, participant: str) -> None:
+        command = [*self.hosts.get(participant, []), "bash", self.kit(participant) / "startup" / "start.sh"]
+        subprocess.run(command, env=self.environment, stdout=subprocess.DEVNULL, check=True)
+        self.wait_until_ready(participant)
+
+    def wait_until_ready(self, participant: str) -> None:
+        self.wait_for(participant, "Server started" if participant == "server" else "Successfully registered client")
+
+    def wait_for(self, participant: str, text: str, times: int = 1, seconds: float = 90) -> None:
+        """Wait until a text is in a participant's log or in those of its jobs."""
+        end = time.monotonic() + seconds
+        while "".join(log.read_text() for log in self.kit(participant).glob("**/log.txt")).count(text) < times:
+            assert time.monotonic() < end, f"{participant} never logged {text!r}"
+            time.sleep(0.2)
+
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Return the federation's processes with these words on their command line."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                command = " ".join(process.cmdline())
+                if process.environ().get(MARK) == str(self.folder) and all(word in command for word in words):
+                    found.append(process)
+        return found
+
+    def kill(self, *words: str) -> None:
+        while processes := self.processes(*words):
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=1)
+            if words:  # what a start script starts again is another process
+                return
+
+
+@contextlib.contextmanager
+def separate_hosts() -> Iterator[dict[str, list[str]]]:
+    """Give the server, at SERVER_ADDRESS, and each site a network namespace; return them as Federation.hosts."""
+
+    def ip(command):
+        subprocess.run(["ip", *command.split()], check=True)
+
+    try:
+        ip(f"link add {NETWORK} type bridge")
+        ip(f"addr add 10.213.77.1/24 dev {NETWORK}")
+        ip(f"link set {NETWORK} up")
+        for i, participant in enumerate(PARTICIPANTS, start=2):
+            ip(f"netns add {NETWORK}-{participant}")
+            ip(f"link add {participant}.fl type veth peer name eth0 netns {NETWORK}-{participant}")
+            ip(f"link set {participant}.fl master {NETWORK} up")
+            ip(f"-n {NETWORK}-{participant} addr add 10.213.77.{i}/24 dev eth0")
+            ip(f"-n {NETWORK}-{participant} link set eth0 up")
+            ip(f"-n {NETWORK}-{participant} link set lo up")
+        yield {participant: ["ip", "netns", "exec", f"{NETWORK}-{participant}"] for participant in PARTICIPANTS}
+    finally:
+        for participant in PARTICIPANTS:
+            subprocess.run(["ip", "netns", "del", f"{NETWORK}-{participant}"])
+        subprocess.run(["ip", "link", "del", NETWORK])
+
+
+def set_cable(participant: str, state: str) -> None:
+    """Plug the network cable of a participant with a host of its own in or out, "up" or "down"."""
+    subprocess.run(["ip", "link", "set", f"{participant}.fl", state], check=True)

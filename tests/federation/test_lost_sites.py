@@ -1,0 +1,47 @@
+"""What becomes of a job whose site is cut off from the network, or started again, in the middle of a round."""
+
+import os
+import re
+import shutil
+
+import pytest
+
+from conftest import finish, start_job
+from provisioned import ADMIN, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and Debian's iproute2"
+)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    with separate_hosts() as hosts:
+        federation = Federation(tmp_path_factory.mktemp("federation"), hosts)
+        federation.provision(SERVER_ADDRESS)
+        try:
+            for participant in PARTICIPANTS:
+                federation.start(participant)
+            yield federation
+        finally:
+            federation.kill()
+
+
+@pytest.mark.parametrize("accident", ["cut off", "started again"])
+def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federation, tmp_path, accident):
+    runs = 1 if accident == "cut off" else 2
+    flags = ["--env", "prod", "--startup_kit", str(federation.kit(ADMIN)), "--num_rounds", "100000"]
+    process = start_job(tmp_path / "workspace", *flags)
+    federation.wait_for("server", "Round 1 started", times=runs)
+    if accident == "cut off":
+        set_cable("site-2", "down")
+    else:
+        federation.kill("client_train", "prod_00/site-2")  # its start script starts it again
+    run = finish(process, tmp_path / "workspace")
+    if accident == "cut off":
+        set_cable("site-2", "up")
+    assert run.status == 1
+    assert re.fullmatch(
+        r"job\.py: error: only 1 of 2 sites were there in the last 60 s, not site-2 \(.*\)\n", run.errors
+    )
+    assert run.weights()
