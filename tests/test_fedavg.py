@@ -100,7 +100,7 @@ def test_sites_train_on_their_shares_and_are_weighted_by_their_steps(tmp_path):
 
 def test_privacy_filter_of_the_readme_is_applied(tmp_path):
     section = (REPO / "README.md").read_text().partition("### Privacy filters")[2]
-    imports, argument, statement = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:3]
+    imports, argument, statement = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)[:3]
     repo = tmp_path / "repo"
     repo.mkdir()
     for file in REPO.glob("*.py"):
