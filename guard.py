@@ -184,12 +184,12 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
 
     A line of NVFlare's logs: 2026-11-24 05:15:11,082 - ExternalProcessBackend - INFO - ValueError: no data
     """
-
     if site := lost_client(run_folder):
         return f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})"
+    of_server = f"server failed: {str(error).partition('. ')[0]} (see {run_folder / 'server' / 'log.txt'})"
     logs = [log for place in LOGS for log in run_folder.glob(place) if log.stat().st_size]
     if not logs or "return code -" in str(error):  # the server's process died
-        return f"server failed: {str(error).partition('. ')[0]} (see {run_folder / 'server' / 'log.txt'})"
+        return of_server
     first = min(logs, key=lambda log: log.read_text(errors="replace"))  # every log begins with a time
     site = next(part for part in first.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
     errors = [line.split(" - ")[-1] for line in first.read_text(errors="replace").splitlines()]
@@ -197,6 +197,8 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
         r" - ExternalProcessBackend - INFO - (.*)", first.with_name("log.txt").read_text(errors="replace")
     )
     reason = last_exception(printed) or last_exception(errors) or errors[0]
+    if reason.endswith("unreachable"):  # and the sites saw it first
+        return of_server
     if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", reason):  # of a site elsewhere
         site, reason = found[1], f"{found[2]}, of which its own log says more"
     return f"{site} failed: {reason} (see {first.with_name('log.txt')})"

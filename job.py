@@ -274,4 +274,11 @@ def data_folder(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        # NVFlare 2.9.0's threads for a connection that a signal interrupted would keep this process alive.
+        sys.stdout.flush()
+        os._exit(end.code)
