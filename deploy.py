@@ -17,7 +17,7 @@ import guard
 
 POC_PORT = 8002  # of the server, by NVFlare's default
 LOGIN_TIMEOUT = 20  # seconds
-LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a site that is cut off, and for ever if it was restarted
+LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back
 
 
 def deploy(args: argparse.Namespace, recipe: Recipe, run_folder: Path) -> Path:
