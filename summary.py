@@ -160,8 +160,10 @@ def read_evaluation(results: Path) -> dict[str, dict]:
 
 def mark_best(models: dict[str, dict]) -> dict[str, dict]:
     """Return each model's accuracy on each site as text, with a star at the best models of a site."""
-    by_site = [metrics for row in models.values() for metrics in row.items()]
-    best = {site: max(m.get("accuracy") or 0 for s, m in by_site if s == site) for site, _ in by_site}
+    best = {}
+    for row in models.values():
+        for site, metrics in row.items():
+            best[site] = max(best.get(site, 0), metrics.get("accuracy") or 0)
     return {
         model: {site: show(m) + ("*" if m.get("accuracy") == best[site] else " ") for site, m in row.items()}
         for model, row in models.items()
