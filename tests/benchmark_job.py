@@ -96,22 +96,20 @@ def growth(job: list[str], args: argparse.Namespace) -> None:
         job = [*job, "--train_size=64", "--epochs=1", "--num_rounds=50", f"--workspace={workspace}"]
         process = subprocess.Popen(job, cwd=REPO, stdout=subprocess.DEVNULL)
         metrics = Path(workspace, "hello-pt", "server", "simulate_job", "metrics", "round_metrics.jsonl")
-        curves, names, rounds = {}, {}, 0  # MB of each process after each round
+        curves, rounds = {}, 0  # MB of each process after each round
         while process.poll() is None:
             time.sleep(0.05)
             done = metrics.read_text().count("\n") if metrics.exists() else 0
             if rounds < done < 50:  # after the last round, processes that end give back what others shared with them
                 rounds = done
-                for member in family(process.pid):
-                    with contextlib.suppress(psutil.Error):
-                        curves.setdefault(member.pid, {})[rounds] = member.memory_full_info().pss / 1e6
-                        names[member.pid] = name(member)
+                for member, megabytes in memory(process.pid).items():
+                    curves.setdefault(member, {})[rounds] = megabytes
     shown = [5, 10, 20, 30, 40, 49]
     print(f"{'MB after round':<24}" + "".join(f"{i:>8}" for i in shown) + "   a round")
-    for pid, curve in curves.items():
+    for member, curve in curves.items():
         if curve.keys() >= set(shown):  # not a helper that lived for some rounds
             cells = "".join(f"{curve[i]:>8.1f}" for i in shown)
-            print(f"{names[pid]:<24}{cells}{(curve[49] - curve[5]) / 44:>+10.3f}", flush=True)
+            print(f"{member[1]:<24}{cells}{(curve[49] - curve[5]) / 44:>+10.3f}", flush=True)
 
 
 def name(process: psutil.Process) -> str:
@@ -148,20 +146,20 @@ def peak_memory(command: list[str]) -> float:
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        total = 0
-        for member in family(process.pid):
-            with contextlib.suppress(psutil.Error):
-                total += member.memory_full_info().pss
-        peak = max(peak, total)
+        peak = max(peak, sum(memory(process.pid).values()))
         time.sleep(0.5)
-    return peak / 1e6
+    return peak
 
 
-def family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
+def memory(pid: int) -> dict[tuple[int, str], float]:
+    """Return the PSS in MB of a process and of all that it started, by id and name."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                found[process.pid, name(process)] = process.memory_full_info().pss / 1e6
+    return found
 
 
 def main() -> None:

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from guard import processes_of
+
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
 TRAIN_IMAGES, TEST_IMAGES = 500, 100  # of the small CIFAR-10
 
@@ -141,3 +144,37 @@ def finish(process: subprocess.Popen, workspace: Path) -> Run:
 
 def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
     return finish(start_job(workspace, *flags, repo=repo, **env), workspace)
+
+
+def wait_until(condition, process, seconds=90):
+    """Wait until a condition of a running job.py holds, and return its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+def running(run_folder: Path, *words: str) -> list[psutil.Process]:
+    """Return the processes of a run, or of a federation, with these words on their command line."""
+    found = []
+    for process in processes_of(run_folder):
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if all(word in command for word in words):
+                found.append(process)
+    return found
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def changed_client(folder: Path, script: str, line: str, new: str) -> Path:
+    """Write a copy of a client script with something new in front of a line; return its path."""
+    source = (REPO / script).read_text()
+    assert source.count(line) == 1
+    changed = folder / "changed_client.py"
+    changed.write_text(source.replace(line, f"{new}\n{line}"))
+    return changed

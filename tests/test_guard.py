@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import guard
-from conftest import REPO, finish, run_job, start_job
+from conftest import REPO, finish, run_job, running, start_job, wait_until
 from guard import processes_of
 
 MODEL = "server/simulate_job/app_server/FL_global_model.pt"
@@ -28,16 +28,6 @@ def workspace(tmp_path):
         process.kill()
 
 
-def wait_until(condition, process, seconds=90):
-    """Wait until a condition of a running job.py holds, and return its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-    return value
-
-
 def log_has(workspace, text, site="server"):
     log = workspace / "hello-pt" / site / "log.txt"
     return log.exists() and text in log.read_text()
@@ -49,21 +39,8 @@ def in_training(workspace, round=0):
     return started and all(log_has(workspace, "waiting for result", site) for site in ("site-1", "site-2"))
 
 
-def running(workspace, *words):
-    """Return the processes of a run with these words on their command line."""
-    found = []
-    for process in processes_of(workspace / "hello-pt"):
-        try:
-            command = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if all(word in command for word in words):
-            found.append(process)
-    return found
-
-
 def trainer(workspace, site):
-    return next(process for process in running(workspace, "custom/") if f"/{site}/" in process.cwd() + "/")
+    return next(process for process in running(workspace / "hello-pt", "custom/") if f"/{site}/" in process.cwd() + "/")
 
 
 # ---- Earlier results stay ----
@@ -138,12 +115,12 @@ def test_killed_process_ends_the_run(workspace, victim, round):
     job = start_job(workspace, "--train_size", "1000", *rounds)
     wait_until(lambda: in_training(workspace, round), job)
     if victim == "the server":
-        newest = max(running(workspace, "simulator.simulator "), key=psutil.Process.num_threads)
+        newest = max(running(workspace / "hello-pt", "simulator.simulator "), key=psutil.Process.num_threads)
         newest.kill()
     elif victim == "the trainer of site-2":
         trainer(workspace, "site-2").kill()
     else:
-        next(iter(running(workspace, "simulator_worker", "--client site-2"))).kill()
+        next(iter(running(workspace / "hello-pt", "simulator_worker", "--client site-2"))).kill()
     start = time.monotonic()
     run = finish(job, workspace)
     assert run.status == 1 and time.monotonic() - start < 30

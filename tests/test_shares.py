@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import run_job
+from conftest import run_job, same_weights
 from data import DataError, load_data, partition, take_shard
 
 LABELS = st.lists(st.integers(0, 9), min_size=1, max_size=300).map(np.array)
@@ -91,7 +91,7 @@ def test_evaluation_leaves_the_trained_weights_alone(split, tmp_path):
         for script in ("client.py", "client_with_eval.py")
     )
     assert plain.status == evaluated.status == 0, plain.errors + evaluated.errors
-    assert all(torch.equal(tensor, evaluated.weights()[name]) for name, tensor in plain.weights().items())
+    assert same_weights(plain.weights(), evaluated.weights())
 
     # The start shows each site's share, class by class.
     labels = load_data("synthetic", "", 64, 100)[0].tensors[1].numpy()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import REPO, TEST_IMAGES, run_job
+from conftest import REPO, TEST_IMAGES, changed_client, run_job, same_weights
 
 SITES = ["site-1", "site-2"]
 SMALL = ["--train_size", "64", "--test_size", "100"]  # four steps an epoch
@@ -32,10 +32,6 @@ def scalars(run, site):
 
 def cross_site_results(run):
     return json.loads((run.results / "cross_site_val" / "cross_val_results.json").read_text())
-
-
-def same_weights(a, b):
-    return all(torch.equal(a.weights()[name], b.weights()[name]) for name in a.weights())
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +65,14 @@ def test_nothing_alarms_a_user(plain, evaluated):
 
 def test_evaluation_leaves_the_trained_weights_alone(plain, evaluated):
     assert evaluated.status == 0, evaluated.errors
-    assert same_weights(plain, evaluated)
+    assert same_weights(plain.weights(), evaluated.weights())
 
 
 def test_one_client_at_a_time_trains_the_same_weights(plain, tmp_path):
     # Each client's process is started anew for every round, and all of its state with it.
     one_by_one = run_job(tmp_path / "workspace", *SMALL, "--num_threads", "1", **ONE_THREAD)
     assert one_by_one.status == 0, one_by_one.errors
-    assert same_weights(plain, one_by_one)
+    assert same_weights(plain.weights(), one_by_one.weights())
 
 
 def test_train_loss_is_logged_at_every_step_of_a_small_run(plain, evaluated):
@@ -159,7 +155,10 @@ def test_tensorboard_command_of_the_summary_shows_each_site_and_tag(evaluated):
         for site in SITES:
             for tag in expected[site]:
                 points = json.load(urllib.request.urlopen(f"{plugin}/scalars?run={site}&tag={tag}"))
-                assert {step: value for _, step, value in points} == pytest.approx(scalars(evaluated, site)[tag])
+                shown = {}  # with a point that NVFlare delivers late, TensorBoard drops those of later steps before it
+                for step, value in scalars(evaluated, site)[tag].items():
+                    shown = {s: v for s, v in shown.items() if s < step} | {step: value}
+                assert {step: value for _, step, value in points} == pytest.approx(shown)
     finally:
         server.kill()
         server.communicate()
@@ -217,10 +216,9 @@ def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp
 
 
 def test_final_evaluation_that_fails_is_no_success(tmp_path):
-    source = (REPO / "client_with_eval.py").read_text()
     line = "            if flare.is_evaluate():"
-    script = tmp_path / "faulty.py"
-    script.write_text(source.replace(line, f"{line}\n                raise KeyError('no such thing')\n{line}"))
+    fault = f"{line}\n                raise KeyError('no such thing')"
+    script = changed_client(tmp_path, "client_with_eval.py", line, fault)
     report = tmp_path / "report.json"
     flags = [*SMALL, "--num_rounds", "1", "--train_script", str(script), "--json", str(report)]
     run = run_job(tmp_path / "workspace", *flags)
@@ -236,11 +234,11 @@ def test_eight_clients(tmp_path):
 
 
 def test_client_that_raises_ends_the_run_with_its_site_exception_and_log(tmp_path):
-    source = (REPO / "client.py").read_text()
-    line = "            model.load_state_dict("
     fault = 'raise ValueError(f"{site_name} has {torch.get_num_threads()} threads")'
-    script = tmp_path / "faulty.py"
-    script.write_text(source.replace(line, f'            if site_name == "site-2":\n                {fault}\n{line}'))
+    condition = '            if site_name == "site-2":'
+    script = changed_client(
+        tmp_path, "client.py", "            model.load_state_dict(", f"{condition}\n                {fault}"
+    )
     run = run_job(tmp_path / "workspace", *SMALL, "--train_script", str(script))
     threads = max(1, torch.get_num_threads() // 2)  # each of two clients takes its share of the cores
     assert run.status == 1

@@ -5,18 +5,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
-import psutil
 import yaml
 
 from conftest import REPO
+from guard import RUN_VARIABLE
 
 SITES = ["site-1", "site-2"]
 PARTICIPANTS = ["server", *SITES]
 ADMIN = "admin@hello-pt.org"
-MARK = "HELLO_PT_FEDERATION"  # in the environment of the federation's processes: its folder
 BIN = Path(sys.executable).parent
 NETWORK = "hello-pt"  # of separate_hosts
 SERVER_ADDRESS = "10.213.77.2"
@@ -45,8 +44,9 @@ class Federation:
 
     @property
     def environment(self) -> dict[str, str]:
+        """The environment of the federation's processes, by which guard.processes_of finds them."""
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", MARK: str(self.folder)}
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", RUN_VARIABLE: str(self.folder)}
 
     def start(self, participant: str) -> None:
         command = [*self.hosts.get(participant, []), "bash", self.kit(participant) / "startup" / "start.sh"]
@@ -56,31 +56,16 @@ class Federation:
     def wait_until_ready(self, participant: str) -> None:
         self.wait_for(participant, "Server started" if participant == "server" else "Successfully registered client")
 
-    def wait_for(self, participant: str, text: str, times: int = 1, seconds: float = 90) -> None:
-        """Wait until a text is in a participant's log or in those of its jobs."""
+    def logs(self, participant: str) -> set[Path]:
+        """Return a participant's log and those of its jobs, which NVFlare deletes some time after their end."""
+        return set(self.kit(participant).glob("**/log.txt"))
+
+    def wait_for(self, participant: str, text: str, known: Set[Path] = frozenset(), seconds: float = 90) -> None:
+        """Wait until a text is in a participant's logs, but for those that are known."""
         end = time.monotonic() + seconds
-        while "".join(log.read_text() for log in self.kit(participant).glob("**/log.txt")).count(text) < times:
+        while not any(text in log.read_text() for log in self.logs(participant) - known):
             assert time.monotonic() < end, f"{participant} never logged {text!r}"
             time.sleep(0.2)
-
-    def processes(self, *words: str) -> list[psutil.Process]:
-        """Return the federation's processes with these words on their command line."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                command = " ".join(process.cmdline())
-                if process.environ().get(MARK) == str(self.folder) and all(word in command for word in words):
-                    found.append(process)
-        return found
-
-    def kill(self, *words: str) -> None:
-        while processes := self.processes(*words):
-            for process in processes:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            psutil.wait_procs(processes, timeout=1)
-            if words:  # what a start script starts again is another process
-                return
 
 
 @contextlib.contextmanager

@@ -9,19 +9,16 @@ import time
 import pytest
 import torch
 
-from conftest import REPO, finish, run_job, start_job
-from guard import processes_of
+from conftest import REPO, changed_client, finish, run_job, running, same_weights, start_job, wait_until
+from guard import kill_processes_of, processes_of
 from provisioned import ADMIN, BIN, PARTICIPANTS, SITES, Federation
 
 SMALL = ["--train_size", "64", "--test_size", "100"]
 EVALUATED = [*SMALL, "--train_script", "client_with_eval.py", "--cross_site_eval"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+FAULT = "            model.load_state_dict(", "            raise ValueError('no such thing')"
 SECTION = (REPO / "README.md").read_text().partition("### 2. A federation")[2]
 PROVISION, START, SUBMIT, SHUTDOWN = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)[:4]
-
-
-def same_weights(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +49,7 @@ def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_p
 
 
 def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
-    source = (REPO / "client.py").read_text()
-    line = "            model.load_state_dict("
-    script = tmp_path / "faulty.py"
-    script.write_text(source.replace(line, f"            raise ValueError('no such thing')\n{line}"))
+    script = changed_client(tmp_path, "client.py", *FAULT)
     run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--train_script", str(script))
     assert run.status == 1
     assert re.fullmatch(r"job\.py: error: site-[12] failed: ValueError: no such thing \(see .*log.txt\)\n", run.errors)
@@ -66,10 +60,7 @@ def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
 def test_signal_stops_the_services_of_poc(tmp_path, number):
     process = start_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--num_rounds", "100000")
     log = tmp_path / "workspace" / "hello-pt" / "poc" / "example_project" / "prod_00" / "site-2" / "log.txt"
-    end = time.monotonic() + 90
-    while not (log.exists() and "Successfully registered client" in log.read_text()):
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    wait_until(lambda: log.exists() and "Successfully registered client" in log.read_text(), process)
     process.send_signal(number)
     run = finish(process, tmp_path / "workspace")
     assert run.status == 128 + number
@@ -98,11 +89,11 @@ def federation(tmp_path_factory, online):
         yield federation
         run(SHUTDOWN)
         end = time.monotonic() + 60
-        while federation.processes():
-            assert time.monotonic() < end, f"the README's shutdown left {federation.processes()}"
+        while left := running(federation.folder):
+            assert time.monotonic() < end, f"the README's shutdown left {left}"
             time.sleep(0.5)
     finally:
-        federation.kill()
+        kill_processes_of(federation.folder)
 
 
 def prod(federation: Federation) -> list[str]:
@@ -147,10 +138,7 @@ def test_results_are_writable_by_their_owner_alone_and_hold_no_key(run):
 
 
 def test_client_that_raises_ends_the_job_with_its_site(federation, tmp_path):
-    source = (REPO / "client.py").read_text()
-    line = "            model.load_state_dict("
-    script = tmp_path / "faulty.py"
-    script.write_text(source.replace(line, f"            raise ValueError('no such thing')\n{line}"))
+    script = changed_client(tmp_path, "client.py", *FAULT)
     run = run_job(tmp_path / "workspace", *prod(federation), *SMALL, "--train_script", str(script))
     assert run.status == 1
     assert re.fullmatch(r"job\.py: error: site-[12] failed: EXECUTION_EXCEPTION, .* \(see .*log.txt\)\n", run.errors)

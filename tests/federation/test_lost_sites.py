@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from conftest import finish, start_job
+from conftest import finish, running, start_job
+from guard import kill_processes_of
 from provisioned import ADMIN, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
 
 pytestmark = pytest.mark.skipif(
@@ -24,19 +25,20 @@ def federation(tmp_path_factory):
                 federation.start(participant)
             yield federation
         finally:
-            federation.kill()
+            kill_processes_of(federation.folder)
 
 
 @pytest.mark.parametrize("accident", ["cut off", "started again"])
 def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federation, tmp_path, accident):
-    runs = 1 if accident == "cut off" else 2
+    known = federation.logs("server")
     flags = ["--env", "prod", "--startup_kit", str(federation.kit(ADMIN)), "--num_rounds", "100000"]
     process = start_job(tmp_path / "workspace", *flags)
-    federation.wait_for("server", "Round 1 started", times=runs)
+    federation.wait_for("server", "Round 1 started", known)
     if accident == "cut off":
         set_cable("site-2", "down")
     else:
-        federation.kill("client_train", "prod_00/site-2")  # its start script starts it again
+        for client in running(federation.folder, "python", "client_train", "prod_00/site-2"):
+            client.kill()  # its start script starts it again
     run = finish(process, tmp_path / "workspace")
     if accident == "cut off":
         set_cable("site-2", "up")
