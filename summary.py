@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import shlex
 import statistics
 from pathlib import Path
@@ -41,12 +42,15 @@ def describe_data(args: argparse.Namespace, dataset: str) -> dict:
 def check_complete(args: argparse.Namespace, results: Path, evaluates: bool) -> None:
     """Raise RuntimeError if a round or an evaluation is missing, of which NVFlare 2.9.0's simulator may say nothing."""
     file = results / "app_server" / FINAL_MODEL
-    rounds = torch.load(file, weights_only=True)["meta_props"]["current_round"] + 1 if file.exists() else 0
+    try:
+        rounds = torch.load(file, weights_only=True)["meta_props"]["current_round"] + 1 if file.exists() else 0
+    except pickle.UnpicklingError:
+        raise RuntimeError(f"{FINAL_MODEL} holds more than weights, and was not loaded") from None
     if rounds < args.num_rounds:
         raise RuntimeError(f"{rounds} of {args.num_rounds} rounds were completed")
     if evaluates:
         models = read_evaluation(results)
-        sites = read_rounds(results)[0] if args.env == "prod" else args.sites
+        sites = args.sites if args.env != "prod" else {site for by_site in models.values() for site in by_site}
         for model in [FINAL_MODEL, *(sites if args.cross_site_eval else [])]:
             if (count := len(models.get(model, {}))) < args.n_clients:
                 raise RuntimeError(f"the model {model} was evaluated on {count} of {args.n_clients} sites")

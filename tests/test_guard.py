@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import guard
+import summary
 from conftest import REPO, finish, run_job, running, start_job, wait_until
 from guard import processes_of
 
@@ -173,6 +175,28 @@ def test_stopped_in_the_final_evaluation(workspace, number):
     wait_until(lambda: log_has(workspace, "Beginning model validation"), job)
     run = stop(job, number, workspace)
     assert run.errors.splitlines()[-1] == f"job.py: stopped; the rounds before are in {run.folder}"
+
+
+# ---- A model is weights and nothing else ----
+
+
+class Hostile:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_code_in_a_model_that_comes_back_is_not_run(tmp_path):
+    model, ran = tmp_path / "app_server" / "FL_global_model.pt", tmp_path / "ran"
+    model.parent.mkdir()
+    torch.save({"model": Hostile(ran)}, model)
+    with pytest.raises(RuntimeError, match="holds more than weights, and was not loaded"):
+        summary.check_complete(argparse.Namespace(num_rounds=1), tmp_path, evaluates=False)
+    assert not ran.exists()
+    torch.load(model, weights_only=False)
+    assert ran.exists()  # so it would have been run
 
 
 # ---- Odd places ----

@@ -35,9 +35,16 @@ class Federation:
     def provision(self, server_address: str) -> None:
         project = yaml.safe_load((REPO / "docs" / "project.yml").read_text())
         project["participants"][0]["default_host"] = server_address
+        self.folder.mkdir(exist_ok=True)
         file = self.folder / "project.yml"
         file.write_text(yaml.safe_dump(project))
         subprocess.run([BIN / "nvflare", "provision", "-p", file, "-w", self.folder], check=True)
+        self.use_own_job_store()
+
+    def use_own_job_store(self) -> None:
+        """Keep the server's jobs apart from those of other servers on this machine: NVFlare's default is one store."""
+        resources = self.kit("server") / "local" / "resources.json.default"
+        resources.write_text(resources.read_text().replace('"/tmp/nvflare/', f'"{self.folder}/'))
 
     def kit(self, participant: str) -> Path:
         return self.folder / "hello-pt" / "prod_00" / participant
@@ -70,7 +77,11 @@ class Federation:
 
 @contextlib.contextmanager
 def separate_hosts() -> Iterator[dict[str, list[str]]]:
-    """Give the server, at SERVER_ADDRESS, and each site a network namespace; return them as Federation.hosts."""
+    """Give the server, at SERVER_ADDRESS, and each site a network namespace; return them as Federation.hosts.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: there is no `ip` here, or it may not do that.
+    """
 
     def ip(command):
         subprocess.run(["ip", *command.split()], check=True)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def federation(tmp_path_factory, online):
 
     try:
         run(PROVISION)
+        federation.use_own_job_store()
         run(START, **online)
         for participant in PARTICIPANTS:
             federation.wait_until_ready(participant)
@@ -98,6 +100,15 @@ def federation(tmp_path_factory, online):
 
 def prod(federation: Federation) -> list[str]:
     return ["--env", "prod", "--startup_kit", str(federation.kit(ADMIN))]
+
+
+def nvflare_job(federation: Federation, *arguments: str | Path) -> dict:
+    """Run an `nvflare job` command as the admin; return what it says."""
+    command = [BIN / "nvflare", "--format", "json", "job", *arguments, "--startup-kit", federation.kit(ADMIN)]
+    done = subprocess.run(
+        command, env=federation.environment, check=True, timeout=200, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])["data"]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +155,24 @@ def test_client_that_raises_ends_the_job_with_its_site(federation, tmp_path):
     assert re.fullmatch(r"job\.py: error: site-[12] failed: EXECUTION_EXCEPTION, .* \(see .*log.txt\)\n", run.errors)
 
 
+def test_ctrl_c_ends_job_py_and_not_the_job(federation, tmp_path):
+    known = federation.logs("server")
+    process = start_job(tmp_path / "workspace", *prod(federation), *SMALL, "--num_rounds", "100000")
+    federation.wait_for("server", "Round 1 started", known)
+    process.send_signal(signal.SIGINT)
+    run = finish(process, tmp_path / "workspace")
+    assert run.status == 130
+    job_id = re.fullmatch(r"job\.py: stopped; the federation goes on with job (\S+)\n", run.errors)[1]
+    (log,) = federation.logs("server") - known
+    latest = int(re.findall(r"Round (\d+) started", log.read_text())[-1])
+    federation.wait_for("server", f"Round {latest + 1} started", known)
+    nvflare_job(federation, "abort", job_id, "--force")
+    end = time.monotonic() + 60
+    while left := running(federation.folder, job_id):
+        assert time.monotonic() < end, f"the abortion left {left}"
+        time.sleep(0.5)
+
+
 def test_exported_job_runs_in_the_simulator_and_on_the_federation(federation, tmp_path, simulated):
     flags = [*SMALL, "--dataset", "auto", "--data_root", "$CIFAR10", "--export"]
     exported = run_job(tmp_path / "workspace", *flags)
@@ -155,32 +184,30 @@ def test_exported_job_runs_in_the_simulator_and_on_the_federation(federation, tm
     weights = torch.load(tmp_path / "simulated" / "server" / "simulate_job" / model, weights_only=True)["model"]
     assert same_weights(weights, simulated.weights())
 
-    def job(*arguments):
-        command = [BIN / "nvflare", "--format", "json", "job", *arguments, "--startup-kit", federation.kit(ADMIN)]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, check=True, timeout=200, stdout=subprocess.PIPE, text=True
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-
-    submitted = job("submit", "-j", "fl_job/hello-pt")
-    job_id = submitted["data"]["job_id"]
-    assert job("wait", job_id)["data"]["status"] == "FINISHED:COMPLETED"
-    job("download", job_id, "-o", "downloaded")
+    job_id = nvflare_job(federation, "submit", "-j", tmp_path / "fl_job" / "hello-pt")["job_id"]
+    assert nvflare_job(federation, "wait", job_id)["status"] == "FINISHED:COMPLETED"
+    nvflare_job(federation, "download", job_id, "-o", tmp_path / "downloaded")
     weights = torch.load(tmp_path / "downloaded" / job_id / "workspace" / model, weights_only=True)["model"]
     assert same_weights(weights, simulated.weights())
 
 
-def test_kits_that_are_missing_or_wrong_and_too_few_sites_end_in_one_line(federation, tmp_path):
-    other = Federation(tmp_path / "other")
-    other.folder.mkdir()
-    other.provision("localhost")  # whose certificates this federation doesn't know
-    for kit, flags, error in [
+def test_wrong_kits_too_few_sites_and_a_server_that_does_not_answer_end_in_one_line(federation, tmp_path):
+    stranger, silent = Federation(tmp_path / "stranger"), Federation(tmp_path / "silent")
+    stranger.provision("localhost")  # whose certificates this federation doesn't know
+    silent.provision("localhost.invalid")
+    accidents = [
         (tmp_path / "none", [], "is not an admin's startup kit"),
         (federation.kit("site-1"), [], "is not an admin's startup kit"),
-        (other.kit(ADMIN), [], "no connection to the federation, or refused by it"),
+        (stranger.kit(ADMIN), [], "no connection to the federation, or refused by it"),
+        (silent.kit(ADMIN), [], "no connection to the federation, or refused by it"),
         (federation.kit(ADMIN), ["--n_clients", "3"], "only 2 of 3 sites were there"),
-    ]:
-        run = run_job(tmp_path / "workspace", "--env", "prod", "--startup_kit", str(kit), *SMALL, *flags)
+    ]
+    processes = []
+    for i, (kit, flags, _) in enumerate(accidents):  # side by side, since most of it is waiting
+        flags = [*SMALL, *flags, "--env", "prod", "--startup_kit", str(kit)]
+        processes.append(start_job(tmp_path / f"workspace-{i}", *flags))
+    for i, (_, _, error) in enumerate(accidents):
+        run = finish(processes[i], tmp_path / f"workspace-{i}")
         assert run.status == 1
         assert re.fullmatch(rf"job\.py: error: .*{error}.*\n", run.errors)
 
@@ -189,12 +216,3 @@ def test_poc_whose_port_is_taken_is_one_clear_error(federation, tmp_path):
     run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc")
     assert run.status == 1
     assert re.fullmatch(r"job\.py: error: port 8002 of this machine is taken by another server.*\n", run.errors)
-
-
-def test_server_that_does_not_answer_is_one_clear_error(tmp_path):
-    federation = Federation(tmp_path / "federation")
-    federation.folder.mkdir()
-    federation.provision("localhost.invalid")
-    run = run_job(tmp_path / "workspace", *prod(federation), *SMALL)
-    assert run.status == 1
-    assert re.fullmatch(r"job\.py: error: no connection to the federation, or refused by it.*\n", run.errors)
