@@ -54,7 +54,7 @@ def load_data(
         seed: seed of the synthetic images.
 
     Raises:
-        DataError: CIFAR-10 can't be downloaded, read or stored.
+        DataError: CIFAR-10 can't be downloaded, read or stored, or a variable in data_root is not set.
     """
     if dataset == "synthetic":
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,10 @@ def load_data(
         train_set = draw_images(patterns, train_size or SIZES[dataset][0], train_seed)
         test_set = draw_images(patterns, test_size or SIZES[dataset][1], test_seed)
     else:
-        cifar10 = load_cifar10(Path(os.path.expandvars(data_root)).expanduser())
+        folder = os.path.expandvars(data_root)
+        if "$" in folder:
+            raise DataError(f"a variable in --data_root {data_root!r} is not set on this site: set it at its start")
+        cifar10 = load_cifar10(Path(folder).expanduser())
         train_set = TensorDataset(*(tensor[:train_size] for tensor in cifar10["train"]))
         test_set = TensorDataset(*(tensor[:test_size] for tensor in cifar10["test"]))
     return train_set, test_set

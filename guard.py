@@ -34,6 +34,7 @@ LOGS = [  # of what went wrong: simulated, on this machine's own servers, downlo
     "poc/*/*/*/*/error_log.txt",
     "server/*/workspace/error_log.txt",
 ]
+SERVER_LOGS = ["server/log.txt", "server/*/workspace/log.txt", "poc/*/*/server/log.txt"]
 FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
@@ -120,13 +121,17 @@ def only_run(run_folder: Path) -> Iterator[None]:
             lock.truncate(0)
 
 
-def keep_earlier_results(run_folder: Path) -> Path:
+def keep_earlier_results(run_folder: Path, checkpoint: Path | None) -> Path:
     """Make room: rename the folder of an earlier run, which NVFlare 2.9.0 would delete; drop one without a result.
+
+    Args:
+        checkpoint: a folder that holds it is kept, too.
 
     Returns:
         Where the earlier results are now; run_folder if there were none.
     """
-    if any(run_folder.glob(MODEL)) or run_folder.is_symlink():
+    wanted = checkpoint is not None and run_folder in checkpoint.parents
+    if any(run_folder.glob(MODEL)) or run_folder.is_symlink() or wanted:
         time = datetime.fromtimestamp(run_folder.lstat().st_mtime)
         kept = run_folder.with_name(f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}")
         run_folder.rename(kept)
@@ -140,7 +145,7 @@ def keep_earlier_results(run_folder: Path) -> Path:
 def write_whole(file: Path, text: str) -> None:
     """Write a text file so that nobody ever sees a part of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
+    unfinished = file.with_name(f"{os.getpid()}.unfinished")
     unfinished.write_text(text)
     unfinished.replace(file)
 
@@ -186,7 +191,8 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     """
     if site := lost_client(run_folder):
         return f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})"
-    of_server = f"server failed: {str(error).partition('. ')[0]} (see {run_folder / 'server' / 'log.txt'})"
+    server_log = next((log for place in SERVER_LOGS for log in run_folder.glob(place)), None)
+    of_server = f"server failed: {str(error).partition('. ')[0]}" + (f" (see {server_log})" if server_log else "")
     logs = [log for place in LOGS for log in run_folder.glob(place) if log.stat().st_size]
     if not logs or "return code -" in str(error):  # the server's process died
         return of_server
@@ -332,13 +338,15 @@ def export_folder(text: str) -> Path:
 
 
 def json_file(text: str) -> Path:
-    """Check that a file can be written which holds no more than JSON so far: a mistaken name destroys nothing."""
+    """Check that a file can be written, and replaces none but an earlier run's: a mistaken name destroys nothing."""
     file = writable_folder(os.path.dirname(text) or ".") / os.path.basename(text)
     try:
         if os.path.lexists(file):
-            json.loads(file.read_text() if file.is_file() and not file.is_symlink() else "")
-    except (OSError, ValueError):
-        refuse(f"{text!r} is something else than a JSON file: choose another name")
+            report = json.loads(file.read_text() if file.is_file() and not file.is_symlink() else "")
+            if not {"settings", "rounds", "models"} <= report.keys():
+                raise ValueError
+    except (OSError, ValueError, AttributeError, RecursionError):
+        refuse(f"{text!r} is something else than an earlier run's JSON: choose another name")
     return file
 
 

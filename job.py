@@ -41,6 +41,8 @@ def main():
             make_recipe(args, "cifar10" if args.dataset == "auto" else args.dataset).export(str(args.export_dir))
             print(f"The job is in {args.export_dir / guard.JOB_NAME}")
         else:
+            if args.env == "prod":
+                user_of(args.startup_kit)
             with guard.only_run(run_folder):
                 run(args, run_folder)
     except (guard.Busy, DataError, OSError) as error:
@@ -50,12 +52,11 @@ def main():
 def run(args: argparse.Namespace, run_folder: Path) -> None:
     """Run a federation and sum it up."""
     if args.env == "prod":
-        user_of(args.startup_kit)
         dataset = "cifar10" if args.dataset == "auto" else args.dataset
     else:
         dataset = choose_dataset(args.dataset, str(args.data_root))
     data = summary.describe_data(args, dataset)
-    kept = guard.keep_earlier_results(run_folder)
+    kept = guard.keep_earlier_results(run_folder, args.initial_ckpt)
     if args.initial_ckpt and run_folder in args.initial_ckpt.parents:
         args.initial_ckpt = kept / args.initial_ckpt.relative_to(run_folder)
     print(f"Training on {dataset}.")
@@ -71,9 +72,9 @@ def run(args: argparse.Namespace, run_folder: Path) -> None:
         sys.exit(f"job.py: error: {guard.reason_of_failure(run_folder, error)}")
     summary.add_final_points(results, args.num_rounds)
     report = summary.summarize(args, data, results)
+    summary.print_summary(report)
     if args.json:
         guard.write_whole(args.json, json.dumps(report, indent=2) + "\n")
-    summary.print_summary(report)
 
 
 def simulate(args: argparse.Namespace, recipe: FedAvgRecipe, run_folder: Path) -> Path:
@@ -123,8 +124,9 @@ def make_recipe(args: argparse.Namespace, dataset: str) -> FedAvgRecipe:
         set_per_site_config(recipe, {site: {"train_args": flags} for site, flags in shards.items()})
     # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to its path below an entry of sys.path.
     sys.path.insert(0, str(script.parent))
-    if not (script.parent / "data.py").exists():
-        recipe.add_client_file(str(HERE / "data.py"))
+    for module in ("data.py", "model.py"):
+        if not (script.parent / module).exists():
+            recipe.add_client_file(str(HERE / module))
     add_experiment_tracking(recipe, "tensorboard")
     if args.cross_site_eval:
         add_cross_site_evaluation(recipe)
@@ -173,7 +175,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--n_clients", "N", guard.number(int, 1, 100), 2, "clients site-1 ... site-N")
     flag("--num_rounds", "N", many, 2, "federated rounds")
     flag("--num_threads", "N", many, None, "clients that train at the same time (default: all)")
-    flag("--train_script", "F", guard.client_script, "client.py", "client script; client_with_eval.py adds evaluation")
+    parser.add_argument(
+        "--train_script",
+        metavar="F",
+        type=guard.client_script,
+        default=str(HERE / "client.py"),
+        help="client script; client_with_eval.py adds evaluation (default: client.py beside job.py)",
+    )
     parser.add_argument(
         "--cross_site_eval",
         action="store_true",
@@ -252,8 +260,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--cross_site_eval needs a script that evaluates, such as client_with_eval.py")
     if run_folder in (*args.train_script.parents, Path(args.data_root), *Path(args.data_root).parents):
         parser.error(f"--train_script and --data_root can't be in {run_folder}, which makes room for the new run")
-    if args.json and run_folder in args.json.parents:
+    if args.json and run_folder in (args.json, *args.json.parents):
         parser.error(f"--json can't be in {run_folder}, which makes room for the new run")
+    if args.json in (run_folder.with_suffix(".lock"), *run_folder.parents):
+        parser.error(f"--json can't be {args.json}, which is job.py's own")
     if args.export_dir and not args.export:
         parser.error("--export-dir needs --export")
     if args.export and not args.export_dir:
@@ -270,6 +280,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def data_folder(text: str) -> Path:
     """Check that CIFAR-10 is ready in a folder, or can be put there."""
     text = os.path.expandvars(text)
+    if "$" in text:
+        guard.refuse(f"a variable in {text!r} is not set")
     return Path(text).resolve() if os.path.isfile(os.path.join(text, DECODED_FILE)) else guard.writable_folder(text)
 
 

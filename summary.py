@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 import shlex
 import statistics
@@ -76,14 +77,16 @@ def summarize(args: argparse.Namespace, data: dict, results: Path) -> dict:
     accuracy = {
         file: statistics.mean(metrics["accuracy"] for metrics in models[file].values())
         for file in (FINAL_MODEL, BEST_MODEL)
-        if file in models and all("accuracy" in metrics for metrics in models[file].values())
+        if file in models and all(math.isfinite(m.get("accuracy", math.nan)) for m in models[file].values())
     }
     best = max(accuracy, key=accuracy.get, default=None)
+    weights = torch.load(results / "app_server" / FINAL_MODEL, weights_only=True)["model"]
     summary = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "data": data,
         "rounds": read_rounds(results),
         "models": models,
+        "diverged": not all(torch.as_tensor(weight).isfinite().all() for weight in weights.values()),
         "best_model": best and {"name": best, "accuracy": accuracy[best]},
         "paths": {
             "models": [str(f) for name in (FINAL_MODEL, BEST_MODEL) if (f := results / "app_server" / name).exists()],
@@ -125,6 +128,8 @@ def print_summary(summary: dict) -> None:
     print("\nGlobal models:")
     for file in summary["paths"]["models"]:
         print(f"  {file}")
+    if summary["diverged"]:
+        print("WARNING: the final model's weights are not finite numbers: training diverged. Try a smaller --lr.")
     if best := summary["best_model"]:
         print(f"The best is {best['name']}: {best['accuracy']:.2f} % on average over the sites.")
     print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
@@ -148,8 +153,13 @@ def describe_split(settings: dict) -> str:
 def read_rounds(results: Path) -> list[dict]:
     """Read the metrics {site: {name: value}} that the sites reported in each round."""
     file = results / "metrics" / "round_metrics.jsonl"  # missing if the clients report no metrics
-    rounds = [json.loads(line)["sites"] for line in file.read_text().splitlines()] if file.exists() else []
-    return [{site["name"]: {m["name"]: m["value"] for m in site["metrics"]} for site in sites} for sites in rounds]
+    rounds = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        record = json.loads(line)
+        rounds += [{}] * (record["round"] - len(rounds))  # NVFlare skips a round without metrics
+        reported = {site["name"]: {m["name"]: m["value"] for m in site["metrics"]} for site in record["sites"]}
+        rounds.append({site: numbers(metrics) for site, metrics in reported.items()})
+    return rounds
 
 
 def read_evaluation(results: Path) -> dict[str, dict]:
@@ -158,8 +168,14 @@ def read_evaluation(results: Path) -> dict[str, dict]:
     validation = json.loads((results / "cross_site_val" / "cross_val_results.json").read_text())
     for site, metrics_by_model in validation.items():
         for model, metrics in metrics_by_model.items():
-            models.setdefault(model.removeprefix("SRV_"), {})[site] = metrics  # SRV_: a model of the server's
+            name = model.removeprefix("SRV_")  # a model of the server's
+            models.setdefault(name, {})[site] = numbers(metrics)
     return models
+
+
+def numbers(metrics: dict) -> dict[str, float]:
+    """Return those metrics that are numbers: a script may report others."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def mark_best(models: dict[str, dict]) -> dict[str, dict]:

@@ -23,6 +23,7 @@ def files(tmp_path, monkeypatch):
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "script.txt").write_text("")
+    (tmp_path / "other.json").write_text('{"name": "something else"}')
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "with space").mkdir()
     (tmp_path / "mine" / "hello-pt").mkdir(parents=True)
@@ -71,7 +72,7 @@ def files(tmp_path, monkeypatch):
         "--cross_site_eval",
         "--cross_site_eval --train_script client.py",
         *(f"--dataset {name}" for name in ("mnist", "CIFAR10", "")),
-        *(f"--data_root {path}" for path in ("text.pt", "text.pt/below", "")),
+        *(f"--data_root {path}" for path in ("text.pt", "text.pt/below", "", "$NO_SUCH_VARIABLE")),
         *(f"--workspace {path}" for path in ("text.pt", "text.pt/below", "with+space", "mine", "")),
         *(f"--workspace {path}" for path in ("half_mine", "blocked", "loop", "~nobody_here/x", "x" * 300, "a\0b")),
         *(f"--workspace {path}" for path in ("ws#1", "it's", 'say"so"', "back\\slash", "line\nline")),
@@ -99,11 +100,11 @@ def files(tmp_path, monkeypatch):
         "--split iid --alpha 0.5",
         "--split iid --n_clients 3 --train_size 2",
         "--split dirichlet --n_clients 100 --train_size 99",
-        *(
-            f"--json {path}"
-            for path in ("text.pt", "folder.py", "text.pt/below.json", "loop", "fifo.pt", "", "~nobody_here/x")
-        ),
+        *(f"--json {path}" for path in ("text.pt", "other.json", "folder.py", "text.pt/below.json", "loop", "fifo.pt", "")),
+        "--json ~nobody_here/x",
         "--json run/hello-pt/report.json --workspace run",
+        *(f"--json new/{name} --workspace new" for name in ("hello-pt", "hello-pt.lock", ".")),
+        "--json new --workspace new",
         "--json report.json --export",
         *(f"--env {env}" for env in ("simulation", "")),
         "--env prod",
@@ -136,6 +137,11 @@ def test_bad_arguments_are_refused_in_one_line(flags, files, capsys):
     assert exit.value.code == 2 and output == ""
     assert re.fullmatch(r"job\.py: error: .+\n", errors)
     assert sorted(files.rglob("*")) == before
+
+
+def test_default_script_is_the_one_beside_job_py(files):
+    (files / "client.py").write_text("an example of something else")
+    assert job.parse_args([]).train_script == REPO / "client.py"
 
 
 def test_bad_arguments_of_a_real_process(files):

@@ -170,6 +170,14 @@ def damage_file(path, damage):
         path.write_bytes(path.read_bytes()[:1000])
 
 
+def test_folder_in_a_variable_of_the_site(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.setenv("SITE_IMAGES", str(tmp_path))
+    assert len(data.load_data("cifar10", "$SITE_IMAGES/cifar10")[0]) == TRAIN_IMAGES
+    assert (tmp_path / "cifar10" / data.DECODED_FILE).exists()
+    with pytest.raises(data.DataError, match="not set on this site"):
+        data.load_data("cifar10", "$NO_SUCH_VARIABLE")
+
+
 def test_folder_that_cant_be_written_is_one_clear_error(small_cifar10, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(data.DataError, match="choose another --data_root"):

@@ -16,6 +16,7 @@ import guard
 import summary
 from conftest import REPO, finish, run_job, running, start_job, wait_until
 from guard import processes_of
+from model import SimpleNetwork
 
 MODEL = "server/simulate_job/app_server/FL_global_model.pt"
 SMALL = ["--train_size", "32", "--test_size", "20", "--num_rounds", "1"]
@@ -67,6 +68,15 @@ def test_second_run_keeps_the_first_runs_results_but_nothing_of_a_run_without_an
     assert list(workspace.glob("hello-pt-*")) == [kept]
     events = {file.relative_to(workspace).parts[0] for file in workspace.rglob("events.out.tfevents.*")}
     assert events == {"hello-pt", kept.name}  # what `tensorboard --logdir WORKSPACE` shows
+
+
+def test_checkpoint_in_a_run_without_a_result_is_not_lost(workspace):
+    checkpoint = workspace / "hello-pt" / "site-1" / "best_local_model.pt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save(SimpleNetwork().state_dict(), checkpoint)
+    run = run_job(workspace, *SMALL, "--initial_ckpt", str(checkpoint))
+    assert run.status == 0, run.errors
+    assert list(workspace.glob("hello-pt-*/site-1/best_local_model.pt"))
 
 
 # ---- One run at a time ----

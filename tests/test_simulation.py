@@ -227,6 +227,18 @@ def test_final_evaluation_that_fails_is_no_success(tmp_path):
     assert re.fullmatch(r"job\.py: error: site-[12] failed: KeyError: 'no such thing' \(see .*log.txt\)\n", run.errors)
 
 
+def test_script_elsewhere_that_diverges_and_reports_odd_metrics_gets_its_summary(tmp_path):
+    line = "                flare.send(flare.FLModel(metrics=metrics))"
+    odd = """                metrics = {"accuracy": "high", "loss": None, "note": [1, 2], "mean": 1.5}"""
+    script = changed_client(tmp_path, "client_with_eval.py", line, odd)
+    flags = [*SMALL, "--split", "iid", "--lr", "100", "--train_script", str(script)]
+    run = run_job(tmp_path / "workspace", *flags)
+    assert (run.status, run.errors) == (0, "")
+    assert "\nWARNING: the final model's weights are not finite numbers: training diverged." in run.output
+    assert run.output.endswith(f"tensorboard --logdir {run.results / 'tb_events'}\n")
+    assert scalars(run, "site-1")["mean"] == {2: 1.5}
+
+
 def test_eight_clients(tmp_path):
     run = run_job(tmp_path / "workspace", "--n_clients", "8", "--train_size", "32", "--num_rounds", "1")
     assert run.status == 0, run.errors

@@ -53,11 +53,11 @@ class Federation:
     def environment(self) -> dict[str, str]:
         """The environment of the federation's processes, by which guard.processes_of finds them."""
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", RUN_VARIABLE: str(self.folder)}
+        return {**os.environ, "PATH": path, RUN_VARIABLE: str(self.folder)}
 
     def start(self, participant: str) -> None:
         command = [*self.hosts.get(participant, []), "bash", self.kit(participant) / "startup" / "start.sh"]
-        subprocess.run(command, env=self.environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(command, env=self.environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
         self.wait_until_ready(participant)
 
     def wait_until_ready(self, participant: str) -> None:

@@ -46,6 +46,7 @@ def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_p
     assert "Data: cifar10, 64 training images a site, 100 test images." in run.output
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == set(SITES)
     assert f"tensorboard --logdir {run.results / 'tb_events'}" in run.output
+    assert (run.folder / "poc").stat().st_mode & 0o077 == 0  # its certificate authority's key is in there
     assert not processes_of(run.folder)
 
 
@@ -177,7 +178,7 @@ def test_exported_job_runs_in_the_simulator_and_on_the_federation(federation, tm
     flags = [*SMALL, "--dataset", "auto", "--data_root", "$CIFAR10", "--export"]
     exported = run_job(tmp_path / "workspace", *flags)
     assert exported.status == 0, exported.errors
-    env = federation.environment | {"CIFAR10": str(federation.folder / "images-of-site-1")}
+    env = federation.environment | {"CIFAR10": str(federation.folder / "images-of-site-1")} | ONE_THREAD
     command = [BIN / "nvflare", "simulator", "fl_job/hello-pt", "-n", "2", "-w", "simulated"]
     subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=200)
     model = "app_server/FL_global_model.pt"
