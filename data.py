@@ -63,13 +63,18 @@ def load_data(
         train_set = draw_images(patterns, train_size or SIZES[dataset][0], train_seed)
         test_set = draw_images(patterns, test_size or SIZES[dataset][1], test_seed)
     else:
-        folder = os.path.expandvars(data_root)
-        if "$" in folder:
-            raise DataError(f"a variable in --data_root {data_root!r} is not set on this site: set it at its start")
-        cifar10 = load_cifar10(Path(folder).expanduser())
+        cifar10 = load_cifar10(Path(expand_variables(data_root)).expanduser())
         train_set = TensorDataset(*(tensor[:train_size] for tensor in cifar10["train"]))
         test_set = TensorDataset(*(tensor[:test_size] for tensor in cifar10["test"]))
     return train_set, test_set
+
+
+def expand_variables(data_root: str) -> str:
+    """Put the values of this site's $VARIABLES into data_root; raise DataError if one is not set."""
+    folder = os.path.expandvars(data_root)
+    if "$" in folder:
+        raise DataError(f"a variable in --data_root {data_root!r} is not set on this site: set it at its start")
+    return folder
 
 
 def take_shard(train_set: Dataset, split: str, alpha: float, shard: int, num_shards: int, seed: int) -> Dataset:

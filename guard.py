@@ -36,6 +36,7 @@ LOGS = [  # of what went wrong: simulated, on this machine's own servers, downlo
 ]
 SERVER_LOGS = ["server/log.txt", "server/*/workspace/log.txt", "poc/*/*/server/log.txt"]
 FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
+GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
 
@@ -121,14 +122,14 @@ def only_run(run_folder: Path) -> Iterator[None]:
             lock.truncate(0)
 
 
-def keep_earlier_results(run_folder: Path, checkpoint: Path | None) -> Path:
+def keep_earlier_results(run_folder: Path, checkpoint: Path | None) -> Path | None:
     """Make room: rename the folder of an earlier run, which NVFlare 2.9.0 would delete; drop one without a result.
 
     Args:
         checkpoint: a folder that holds it is kept, too.
 
     Returns:
-        Where the earlier results are now; run_folder if there were none.
+        Where the checkpoint is now.
     """
     wanted = checkpoint is not None and run_folder in checkpoint.parents
     if any(run_folder.glob(MODEL)) or run_folder.is_symlink() or wanted:
@@ -136,10 +137,10 @@ def keep_earlier_results(run_folder: Path, checkpoint: Path | None) -> Path:
         kept = run_folder.with_name(f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}")
         run_folder.rename(kept)
         print(f"The results of the run before are kept in {kept}", flush=True)
-        return kept
+        return kept / checkpoint.relative_to(run_folder) if wanted else checkpoint
     if run_folder.exists():
         shutil.rmtree(run_folder)
-    return run_folder
+    return checkpoint
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -352,7 +353,6 @@ def json_file(text: str) -> Path:
 
 def gpu_groups(text: str) -> str:
     """Check SimEnv's GPU configuration: 0,1 is two groups of one GPU, [0,1] is one group of two."""
-    group = r"([0-9]+|\[[0-9]+(,[0-9]+)*\])"
-    if not re.fullmatch(f"{group}(,{group})*", text):
+    if not re.fullmatch(f"{GPU_GROUP}(,{GPU_GROUP})*", text):
         refuse(f"{text!r} is not a list such as 0 or 0,1 or [0,1],[2,3]")
     return text

@@ -26,7 +26,7 @@ from nvflare.recipe.spec import DEFAULT_EXPORT_DIR
 from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_evaluation, set_per_site_config
 
 import summary
-from data import DATA_ROOT, DECODED_FILE, SPLITS, DataError, choose_dataset
+from data import DATA_ROOT, DECODED_FILE, SPLITS, DataError, choose_dataset, expand_variables
 from deploy import deploy, user_of
 from model import SimpleNetwork
 
@@ -56,9 +56,7 @@ def run(args: argparse.Namespace, run_folder: Path) -> None:
     else:
         dataset = choose_dataset(args.dataset, str(args.data_root))
     data = summary.describe_data(args, dataset)
-    kept = guard.keep_earlier_results(run_folder, args.initial_ckpt)
-    if args.initial_ckpt and run_folder in args.initial_ckpt.parents:
-        args.initial_ckpt = kept / args.initial_ckpt.relative_to(run_folder)
+    args.initial_ckpt = guard.keep_earlier_results(run_folder, args.initial_ckpt)
     print(f"Training on {dataset}.")
     summary.print_class_counts(args, data)
 
@@ -172,6 +170,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default_note = "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, metavar=metavar, type=type, default=default, help=help + default_note)
 
+    def checked(name, type, text):
+        try:
+            return type(text)
+        except (argparse.ArgumentTypeError, DataError) as error:
+            parser.error(f"{name}: {error}")
+
     flag("--n_clients", "N", guard.number(int, 1, 100), 2, "clients site-1 ... site-N")
     flag("--num_rounds", "N", many, 2, "federated rounds")
     flag("--num_threads", "N", many, None, "clients that train at the same time (default: all)")
@@ -240,10 +244,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                 f"--data_root {args.data_root!r} is on the sites: it begins with / or ~ or a $VARIABLE of theirs"
             )
     else:
-        try:
-            args.data_root = data_folder(args.data_root)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"argument --data_root: {error}")
+        args.data_root = checked("argument --data_root", data_folder, args.data_root)
     args.sites = [f"site-{i + 1}" for i in range(args.n_clients)]
     args.num_threads = args.num_threads or args.n_clients
     if args.num_threads > args.n_clients:
@@ -254,7 +255,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.alpha = args.alpha or 0.5
     if args.split != "same" and args.train_size and args.train_size < args.n_clients:
         parser.error(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
-    if args.gpu and len(re.findall(r"\[.*?\]|\d+", args.gpu)) > args.n_clients:
+    if args.gpu and len(re.findall(guard.GPU_GROUP, args.gpu)) > args.n_clients:
         parser.error(f"--gpu {args.gpu} has more groups than --n_clients {args.n_clients}")
     if args.cross_site_eval and not evaluates(args.train_script):
         parser.error("--cross_site_eval needs a script that evaluates, such as client_with_eval.py")
@@ -267,10 +268,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.export_dir and not args.export:
         parser.error("--export-dir needs --export")
     if args.export and not args.export_dir:
-        try:
-            args.export_dir = guard.export_folder(DEFAULT_EXPORT_DIR)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"--export: {error}")
+        args.export_dir = checked("--export", guard.export_folder, DEFAULT_EXPORT_DIR)
     for path in (sys.executable, tempfile.gettempdir()):
         if not args.export and not guard.plain(path):
             parser.error(f"NVFlare's simulator can't take blanks, quotes, # or \\ in {path!r}, which it needs")
@@ -279,9 +277,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def data_folder(text: str) -> Path:
     """Check that CIFAR-10 is ready in a folder, or can be put there."""
-    text = os.path.expandvars(text)
-    if "$" in text:
-        guard.refuse(f"a variable in {text!r} is not set")
+    text = expand_variables(text)
     return Path(text).resolve() if os.path.isfile(os.path.join(text, DECODED_FILE)) else guard.writable_folder(text)
 
 

@@ -91,12 +91,17 @@ def federation(tmp_path_factory, online):
             federation.wait_until_ready(participant)
         yield federation
         run(SHUTDOWN)
-        end = time.monotonic() + 60
-        while left := running(federation.folder):
-            assert time.monotonic() < end, f"the README's shutdown left {left}"
-            time.sleep(0.5)
+        wait_for_end(federation)
     finally:
         kill_processes_of(federation.folder)
+
+
+def wait_for_end(federation: Federation, *words: str) -> None:
+    """Wait until no process of the federation has these words on its command line."""
+    end = time.monotonic() + 60
+    while left := running(federation.folder, *words):
+        assert time.monotonic() < end, f"there still is {left}"
+        time.sleep(0.5)
 
 
 def prod(federation: Federation) -> list[str]:
@@ -168,10 +173,7 @@ def test_ctrl_c_ends_job_py_and_not_the_job(federation, tmp_path):
     latest = int(re.findall(r"Round (\d+) started", log.read_text())[-1])
     federation.wait_for("server", f"Round {latest + 1} started", known)
     nvflare_job(federation, "abort", job_id, "--force")
-    end = time.monotonic() + 60
-    while left := running(federation.folder, job_id):
-        assert time.monotonic() < end, f"the abortion left {left}"
-        time.sleep(0.5)
+    wait_for_end(federation, job_id)
 
 
 def test_exported_job_runs_in_the_simulator_and_on_the_federation(federation, tmp_path, simulated):
