@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import guard
-from conftest import REPO, run_job
+from conftest import REPO, changed_client, run_job
 from data import load_data, make_loader, partition
 from model import SimpleNetwork
 
@@ -96,6 +96,19 @@ def test_sites_train_on_their_shares_and_are_weighted_by_their_steps(tmp_path):
     shares = partition(labels, 3, "dirichlet", 1, 0)
     assert distance(run.weights(), fedavg(shares, rounds=2, seed=0, batch_size=13)) < 1e-5
     assert distance(run.weights(), fedavg(shares, rounds=2, seed=0, batch_size=13, by_steps=False)) > 1e-4
+
+
+def test_sites_of_very_different_sizes_are_weighted_by_their_steps(tmp_path):
+    smaller = "train_set = torch.utils.data.TensorDataset(*(tensor[:16] for tensor in train_set.tensors))"
+    condition = '        if flare.get_site_name() == "site-2":'
+    script = changed_client(
+        tmp_path, "client.py", "        writer = SummaryWriter(", f"{condition}\n            {smaller}"
+    )
+    flags = ["--train_size", str(SIZE), "--test_size", "1", "--train_script", str(script)]
+    run = run_job(tmp_path / "workspace", *flags)
+    assert run.status == 0, run.errors
+    assert distance(run.weights(), fedavg([ALL, ALL[:16]], rounds=2, seed=0)) < 1e-6
+    assert distance(run.weights(), fedavg([ALL, ALL], rounds=2, seed=0)) > 1e-4
 
 
 def test_privacy_filter_of_the_readme_is_applied(tmp_path):
