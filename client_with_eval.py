@@ -1,15 +1,14 @@
-"""client.py plus evaluation: model selection on the server, validation, hand-over of the local model."""
+"""client.py plus evaluation: its FLARE lines keep their numbers, and those that evaluation adds go on from (12)."""
 
 import argparse
-import zlib
 from pathlib import Path
 
 import nvflare.client as flare  # (1) the Client API
 import torch
-from nvflare.client.tracking import SummaryWriter
+from nvflare.client.tracking import SummaryWriter  # (2) in place of torch.utils.tensorboard's
 from torch.nn import functional as F
 
-from data import DATA_ROOT, SPLITS, load_data, make_loader, take_shard
+from data import add_data_flags, load_data, make_loader
 from model import SimpleNetwork
 
 BEST_LOCAL_MODEL = Path("best_local_model.pt")  # in this site's folder of the job: a restarted client finds it
@@ -20,28 +19,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--dataset", choices=["cifar10", "synthetic"], default="cifar10")
-    parser.add_argument("--data_root", default=DATA_ROOT)
-    parser.add_argument("--train_size", type=int)
-    parser.add_argument("--test_size", type=int)
-    parser.add_argument("--split", choices=SPLITS, default="same")
-    parser.add_argument("--alpha", type=float)
-    parser.add_argument("--shard", type=int, default=1)
-    parser.add_argument("--num_shards", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n_clients", type=int, default=2)
+    add_data_flags(parser)
     return parser.parse_args()
 
 
 def train(model, train_loader, epochs, lr, device, writer, first_step):
-    """Train for some epochs with SGD and log the training loss about ten times an epoch.
+    """Train for some epochs with SGD and return the mean training loss, a float.
 
     Args:
-        train_loader: batches of images float32 (B, 3, 32, 32) and labels int64 (B,).
-        writer: takes `train_loss`, the mean cross-entropy since the last point, at the optimizer step.
-        first_step: how many optimizer steps came before.
-
-    Returns:
-        The mean training loss, a float.
+        writer: takes `train_loss`, the mean cross-entropy since its last point, about ten times an epoch.
+        first_step: how many optimizer steps came before; the points count on from there.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     log_interval = max(1, len(train_loader) // 10)
@@ -75,33 +64,40 @@ def evaluate(model, test_loader, device):
     return 100 * correct.item() / count, loss.item() / count
 
 
+def keep_best(model, accuracy):
+    """Save the local model if it is the best so far; a process that is ended in between leaves the one before."""
+    best = torch.load(BEST_LOCAL_MODEL, weights_only=True) if BEST_LOCAL_MODEL.exists() else {"accuracy": -1}
+    if accuracy > best["accuracy"]:
+        unfinished = BEST_LOCAL_MODEL.with_suffix(".unfinished")
+        torch.save({"accuracy": accuracy, "model": model.state_dict()}, unfinished)
+        unfinished.replace(BEST_LOCAL_MODEL)
+
+
 def main():
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SimpleNetwork().to(device)
 
-    flare.init()  # (2) join the federation
+    flare.init()  # (3) join the federation
     try:
-        train_set, test_set = load_data(args.dataset, args.data_root, args.train_size, args.test_size, args.seed)
-        train_set = take_shard(train_set, args.split, args.alpha, args.shard, args.num_shards, args.seed)
+        site_name = flare.get_site_name()  # (4) who am I?
+        train_set, test_set = load_data(args, site_name)
         test_loader = make_loader(test_set, batch_size=1000)
-        writer = SummaryWriter()  # TensorBoard's interface; FLARE carries the points to the server
-        site_name = flare.get_site_name()
+        writer = SummaryWriter()  # (5) its points go to the server
 
-        while flare.is_running():
-            global_model = flare.receive()  # (3) receive the global model
-
-            if flare.is_submit_model():  # the server wants this site's best local model
+        while flare.is_running():  # (6) until the job ends
+            global_model = flare.receive()  # (7) wait for the global model
+            if flare.is_submit_model():  # (12) the server wants this site's best local model
                 best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
-                flare.send(flare.FLModel(params=best["model"]))
+                flare.send(flare.FLModel(params=best["model"]))  # (13)
                 continue
 
-            model.load_state_dict(global_model.params)  # (4) start from its weights
+            model.load_state_dict(global_model.params)  # (8) start from its weights
             accuracy, loss = evaluate(model, test_loader, device)
             metrics = {"accuracy": accuracy, "loss": loss}
 
-            if flare.is_evaluate():  # the server wants the metrics of this model and nothing else
-                flare.send(flare.FLModel(metrics=metrics))
+            if flare.is_evaluate():  # (14) the server wants the metrics of this model and nothing else
+                flare.send(flare.FLModel(metrics=metrics))  # (15)
                 continue
 
             current_round = global_model.current_round
@@ -109,28 +105,20 @@ def main():
                 writer.add_scalar(name, value, global_step=current_round)
             print(f"{site_name}, round {current_round}: accuracy of the global model {accuracy:.2f} %")
 
-            # Each site and round has an order of its own, the same when a run is repeated.
-            shuffle_seed = zlib.crc32(f"{args.seed} {site_name} {current_round}".encode())
-            train_loader = make_loader(train_set, args.batch_size, torch.Generator().manual_seed(shuffle_seed))
+            train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)
             train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps)
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
+            keep_best(model, evaluate(model, test_loader, device)[0])
 
-            local_accuracy, _ = evaluate(model, test_loader, device)
-            best = torch.load(BEST_LOCAL_MODEL, weights_only=True) if BEST_LOCAL_MODEL.exists() else {"accuracy": -1}
-            if local_accuracy > best["accuracy"]:
-                unfinished = BEST_LOCAL_MODEL.with_suffix(".unfinished")
-                torch.save({"accuracy": local_accuracy, "model": model.state_dict()}, unfinished)
-                unfinished.replace(BEST_LOCAL_MODEL)
-
-            local_model = flare.FLModel(
+            local_model = flare.FLModel(  # (9) the new weights, what to report, and FedAvg's weight of this site
                 params=model.state_dict(),
-                metrics={**metrics, "train_loss": train_loss},
-                meta={"NUM_STEPS_CURRENT_ROUND": steps},  # FedAvg's weight of this site
+                metrics={"train_loss": train_loss, **metrics},
+                meta={"NUM_STEPS_CURRENT_ROUND": steps},
             )
-            flare.send(local_model)  # (5) send the new weights
+            flare.send(local_model)  # (10) to the server
     finally:
-        flare.shutdown()  # after an error too: FLARE's threads would keep a failed process alive
+        flare.shutdown()  # (11) after an error too: FLARE's threads would keep a failed process alive
 
 
 if __name__ == "__main__":

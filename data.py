@@ -1,88 +1,100 @@
-"""The images: CIFAR-10, or a synthetic stand-in of the same shapes, and each site's share of them.
+"""What a site trains on. To use data of your own, replace what stands here.
 
-Download CIFAR-10 ahead of time with `python data.py [--data_root DIR]`.
+The clients call add_data_flags, load_data and make_loader. job.py calls the others, too, before any client starts.
 """
 
 import argparse
 import os
-import queue
-import socket
-import sys
-import threading
-import urllib.error
-import urllib.request
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock  # comes with torch
-from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
-DATA_ROOT = "/tmp/nvflare/data"
-CIFAR10_FOLDER = "cifar-10-batches-py"  # torchvision's name for it
-DECODED_FILE = "cifar10-uint8.pt"  # ours: see load_cifar10
-SIZES = {"cifar10": (50_000, 10_000), "synthetic": (5_000, 1_000)}  # training and test images
-SPLITS = ["same", "iid", "dirichlet"]  # see partition
-CLASSES = {
-    "cifar10": ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
-    "synthetic": [str(label) for label in range(10)],
-}
-DOWNLOAD_TIMEOUT = 15  # seconds of silence
+from cifar10 import CLASSES, DATA_ROOT, DataError, load_cifar10, synthetic_images
 
 
-class DataError(Exception):
-    """The images can't be had. The message is one line: what is wrong and what to do."""
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what a site trains on: job.py takes them and hands them on to the client script."""
+    flag = parser.add_argument
+    flag("--dataset", choices=["auto", "cifar10", "synthetic"], default="auto", help="(default: cifar10 if to be had)")
+    flag("--data_root", default=DATA_ROOT, metavar="DIR", help="the folder of CIFAR-10 (default: %(default)s)")
+    flag("--train_size", type=int, metavar="N", help="use only so many training images (default: all)")
+    flag("--test_size", type=int, metavar="N", help="use only so many test images (default: all)")
+    flag("--split", choices=["same", "iid", "dirichlet"], default="same", help="a site's share (default: all images)")
+    flag("--alpha", type=float, metavar="X", help="skew of dirichlet, small is strong (default: 0.5)")
 
 
-class UnavailableError(DataError):
-    """CIFAR-10 is missing or damaged, and can't be downloaded."""
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError, in one line, if these flags of job.py's command line can't be right."""
+    for name, most in (("train_size", 50_000), ("test_size", 10_000)):
+        if (size := vars(args)[name]) is not None and not 1 <= size <= most:
+            raise ValueError(f"argument --{name}: {size} is not from 1 to {most}")
+    if args.alpha is not None and not 1e-6 <= args.alpha <= 1e6:
+        raise ValueError(f"argument --alpha: {args.alpha} is not from 1e-06 to 1000000.0")
+    if args.split == "dirichlet":
+        args.alpha = args.alpha or 0.5
+    elif args.alpha:
+        raise ValueError("--alpha needs --split dirichlet")
+    if args.split != "same" and args.train_size and args.train_size < args.n_clients:
+        raise ValueError(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
 
 
-def load_data(
-    dataset: str, data_root: str, train_size: int | None = None, test_size: int | None = None, seed: int = 0
-) -> tuple[TensorDataset, TensorDataset]:
-    """Return the training and the test images, each as (images, labels).
+def prepare_data(args: argparse.Namespace) -> str:
+    """Get the images ready before any client wants them, and settle what "auto" means.
 
-    Images are uint8 (N, 3, 32, 32) in [0, 255], labels int64 (N,) in [0, 9].
+    Returns:
+        A warning, for the start of the run and for its summary; "" if the data is what was asked for.
+    """
+    if args.env == "prod" or args.export:  # the sites have the images, and none of them trains on others by accident
+        args.dataset = "cifar10" if args.dataset == "auto" else args.dataset
+    elif args.dataset != "synthetic":
+        try:
+            load_cifar10(data_folder(args, "site-1"))
+        except DataError as error:
+            if args.dataset == "cifar10":
+                raise
+            args.dataset = "synthetic"
+            return f"training on SYNTHETIC images. {error}"
+        args.dataset = "cifar10"
+    return ""
+
+
+def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
+    """Return the training and the test set of a site, each of samples (image, label).
+
+    Images are uint8 (3, 32, 32) in [0, 255], labels int64 in [0, 9].
 
     Args:
-        dataset: "cifar10" or "synthetic".
-        data_root: the folder of CIFAR-10, which is downloaded if it isn't there; a leading ~ and $VARIABLES are
-            those of the site.
-        train_size, test_size: use only the first so many images, or draw so many synthetic ones; None means all.
-        seed: seed of the synthetic images.
+        args: the flags of add_data_flags, with `seed` and `n_clients`.
+        site: the site's name. Where the split isn't "same", the number in it says which share the site takes.
 
     Raises:
-        DataError: CIFAR-10 can't be downloaded, read or stored, or a variable in data_root is not set.
+        DataError: CIFAR-10 can't be had, or the images can't be split so.
     """
-    if dataset == "synthetic":
-        generator = torch.Generator().manual_seed(seed)
-        patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), size=32, mode="bicubic")
-        train_seed, test_seed = torch.randint(2**62, (2,), generator=generator).tolist()
-        train_set = draw_images(patterns, train_size or SIZES[dataset][0], train_seed)
-        test_set = draw_images(patterns, test_size or SIZES[dataset][1], test_seed)
+    if args.dataset == "synthetic":
+        train_set, test_set = synthetic_images(args.train_size or 5_000, args.test_size or 1_000, args.seed)
     else:
-        cifar10 = load_cifar10(Path(expand_variables(data_root)).expanduser())
-        train_set = TensorDataset(*(tensor[:train_size] for tensor in cifar10["train"]))
-        test_set = TensorDataset(*(tensor[:test_size] for tensor in cifar10["test"]))
+        train_set, test_set = load_cifar10(data_folder(args, site))
+        train_set = TensorDataset(*train_set[: args.train_size])
+        test_set = TensorDataset(*test_set[: args.test_size])
+    if args.split != "same":
+        number = re.fullmatch(r"site-(\d+)", site)
+        if not number or not 1 <= int(number[1]) <= args.n_clients:
+            raise DataError(f"--split deals the images out to site-1 ... site-{args.n_clients}, not to {site}")
+        shards = partition(train_set.tensors[1].numpy(), args.n_clients, args.split, args.alpha, args.seed)
+        train_set = Subset(train_set, shards[int(number[1]) - 1].tolist())
     return train_set, test_set
 
 
-def expand_variables(data_root: str) -> str:
-    """Put the values of this site's $VARIABLES into data_root; raise DataError if one is not set."""
-    folder = os.path.expandvars(data_root)
+def data_folder(args: argparse.Namespace, site: str) -> Path:
+    """Return --data_root as it is on a site: with the site's ~ and $VARIABLES."""
+    folder = os.path.expandvars(args.data_root)
     if "$" in folder:
-        raise DataError(f"a variable in --data_root {data_root!r} is not set on this site: set it at its start")
-    return folder
-
-
-def take_shard(train_set: Dataset, split: str, alpha: float, shard: int, num_shards: int, seed: int) -> Dataset:
-    """Return a site's shard of the training images, number `shard` of 1 to num_shards; see partition."""
-    if split == "same":
-        return train_set
-    shards = partition(train_set.tensors[1].numpy(), num_shards, split, alpha, seed)
-    return Subset(train_set, shards[shard - 1].tolist())
+        raise DataError(f"a variable in --data_root {args.data_root!r} is not set on {site}: set it at its start")
+    return Path(folder).expanduser()
 
 
 def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
@@ -123,14 +135,20 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
     return shards
 
 
-def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
+def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = None) -> DataLoader:
     """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
 
-    With a generator, each epoch has an order of its own; without one the images keep theirs.
+    Args:
+        shuffle_by: what decides the order, such as (seed, site, round); the same values give the same order again.
+            None keeps the order of the dataset.
     """
-    sampler = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    if shuffle_by:
+        seed = zlib.crc32(" ".join(map(str, shuffle_by)).encode())
+        sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+    else:
+        sampler = SequentialSampler(dataset)
     # Given whole batches of indices, the loader indexes the tensors once a batch, not once an image.
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
     return DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=scale)
 
 
@@ -140,154 +158,8 @@ def scale(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch
     return images.float().div_(127.5).sub_(1), labels
 
 
-def draw_images(patterns: torch.Tensor, count: int, seed: int) -> TensorDataset:
-    """Draw synthetic images: each shows the pattern of its class, shifted, faint or strong, under noise.
-
-    Args:
-        patterns: float32 (10, 3, 32, 32), one a class, of mean 0 and standard deviation about 1.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
-    labels = torch.empty(count, dtype=torch.int64)
-    for i in range(count):
-        labels[i] = torch.randint(10, (), generator=generator)
-        shift = torch.randint(32, (2,), generator=generator).tolist()
-        contrast = 20 + 40 * torch.rand(1, generator=generator)
-        noise = 120 * torch.randn(3, 32, 32, generator=generator)
-        pattern = patterns[labels[i]].roll(shift, dims=(1, 2))
-        images[i] = (127.5 + contrast * pattern + noise).clamp(0, 255)
-    return TensorDataset(images, labels)
-
-
-def choose_dataset(dataset: str, data_root: str) -> str:
-    """Get the images ready before any client wants them; turn "auto" into "cifar10" or "synthetic".
-
-    Raises:
-        DataError: see load_data; for "auto" only if data_root can't be written.
-    """
-    if dataset == "synthetic":
-        return "synthetic"
-    try:
-        load_cifar10(Path(data_root))
-    except UnavailableError as error:
-        if dataset == "cifar10":
-            raise
-        print(f"\n{'!' * 100}\nWARNING: training on SYNTHETIC images. {error}\n{'!' * 100}\n", file=sys.stderr)
-        return "synthetic"
-    return "cifar10"
-
-
-def load_cifar10(root: Path) -> dict[str, list[torch.Tensor]]:
-    """Return CIFAR-10 as {"train": [images, labels], "test": [images, labels]}; see load_data.
-
-    The images are decoded once, to a file that all processes of a machine map into memory and share.
-    """
-    decoded = root / DECODED_FILE
-
-    def map_decoded():
-        try:
-            if all(decoded.stat().st_mtime >= batch.stat().st_mtime for batch in root.glob(f"{CIFAR10_FOLDER}/*")):
-                cifar10 = torch.load(decoded, mmap=True, weights_only=True)
-                return cifar10 if cifar10.keys() == {"train", "test"} else None
-        except (OSError, RuntimeError, AttributeError):  # missing, cut short, or something else
-            pass
-        return None
-
-    if (cifar10 := map_decoded()) is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / "cifar10.lock"):  # of many processes that want it, one gets it for all
-                if (cifar10 := map_decoded()) is None:
-                    cifar10 = decode_cifar10(root)
-                    torch.save(cifar10, decoded.with_suffix(".unfinished"))
-                    decoded.with_suffix(".unfinished").replace(decoded)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"can't write to {root} ({error}): choose another --data_root") from error
-    return cifar10
-
-
-def decode_cifar10(root: Path) -> dict[str, list[torch.Tensor]]:
-    """Read CIFAR-10 through torchvision, which checks every file; download what is missing or damaged."""
-    from torchvision.datasets import CIFAR10  # here, since whoever maps the decoded file does without it
-
-    def read_files():
-        return {name: CIFAR10(root, train=name == "train") for name in ("train", "test")}
-
-    try:
-        try:
-            parts = read_files()
-        except RuntimeError:  # torchvision: "not found or corrupted"
-            download_cifar10(root)
-            parts = read_files()
-    except DataError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        damaged = root / CIFAR10_FOLDER
-        raise UnavailableError(f"CIFAR-10 in {damaged} is damaged ({error}): delete that folder, run again") from error
-    return {
-        name: [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
-        for name, part in parts.items()
-    }
-
-
-def download_cifar10(root: Path) -> None:
-    """Download and unpack CIFAR-10 (170 MB), unless its server is silent for DOWNLOAD_TIMEOUT.
-
-    Raises:
-        UnavailableError: it can't be downloaded.
-    """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    try:
-        if not check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5):
-            wait_for_answer(CIFAR10.url)
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
-        CIFAR10(root, download=True)
-    except Exception as error:  # of the network, of HTTP, of the archive
-        here = root / CIFAR10_FOLDER
-        found, remedy = ("damaged", f"delete {here}") if here.exists() else ("missing", "go online")
-        raise UnavailableError(
-            f"CIFAR-10 in {root} is {found} and can't be downloaded ({error}): {remedy}, "
-            "or name a folder that has it with --data_root, or choose --dataset synthetic"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(None)
-
-
-def wait_for_answer(url: str) -> None:
-    """Return when the server of url answers; raise OSError when it can't be reached or is silent."""
-    answer = queue.SimpleQueue()
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=DOWNLOAD_TIMEOUT).close()
-            answer.put(None)
-        except urllib.error.HTTPError:  # an answer, whatever it says
-            answer.put(None)
-        except Exception as error:
-            answer.put(error)
-
-    # In a thread of its own, since a silent name server holds up urlopen beyond its timeout.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = answer.get(timeout=DOWNLOAD_TIMEOUT)
-    except queue.Empty:
-        error = TimeoutError(f"no answer within {DOWNLOAD_TIMEOUT} s")
-    if error:
-        raise error
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Download CIFAR-10, check it and decode it, ahead of a run.")
-    parser.add_argument("--data_root", metavar="DIR", default=DATA_ROOT, help="where to (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        train_set, test_set = load_data("cifar10", args.data_root)
-    except DataError as error:
-        sys.exit(f"data.py: error: {error}")
-    print(f"CIFAR-10 is ready in {args.data_root}: {len(train_set)} training and {len(test_set)} test images")
-
-
-if __name__ == "__main__":
-    main()
+def class_counts(args: argparse.Namespace, train_set: Dataset) -> dict[str, int]:
+    """Return how many images of each class a site trains on, for the table at the start."""
+    labels = train_set.dataset.tensors[1][train_set.indices] if isinstance(train_set, Subset) else train_set.tensors[1]
+    names = CLASSES if args.dataset == "cifar10" else map(str, range(10))
+    return dict(zip(names, labels.bincount(minlength=10).tolist()))

@@ -1,5 +1,6 @@
 """What the tests share: a small CIFAR-10 on a local server, and job.py run as a user runs it."""
 
+import argparse
 import contextlib
 import hashlib
 import http.server
@@ -7,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import psutil
 import pytest
 import torch
 
-from guard import processes_of
+from data import add_data_flags
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -107,6 +109,12 @@ def environment(cifar10_attributes: dict) -> dict[str, str]:
     return {"PYTHONPATH": str(REPO / "tests" / "small_cifar10"), "SMALL_CIFAR10": json.dumps(cifar10_attributes)}
 
 
+@pytest.fixture
+def workspace(tmp_path):
+    yield tmp_path / "workspace"
+    end_all(tmp_path)  # after a failed test
+
+
 @dataclass
 class Run:
     """A finished `python job.py`."""
@@ -156,15 +164,45 @@ def wait_until(condition, process, seconds=90):
     return value
 
 
-def running(run_folder: Path, *words: str) -> list[psutil.Process]:
-    """Return the processes of a run, or of a federation, with these words on their command line."""
+def running(folder: Path, *words: str) -> list[psutil.Process]:
+    """Return the processes that work in a folder or name it on their command line, which has these words.
+
+    job.py itself finds its processes by a mark in their environment.
+    """
     found = []
-    for process in processes_of(run_folder):
-        with contextlib.suppress(psutil.Error):
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # ended in between
             command = " ".join(process.cmdline())
-            if all(word in command for word in words):
+            concerned = str(folder) in command or Path(process.cwd()).is_relative_to(folder)
+            if concerned and all(word in command for word in words) and process.pid != os.getpid():
                 found.append(process)
     return found
+
+
+def end_all(folder: Path) -> None:
+    """Kill the processes of a folder, as long as there are any."""
+    while processes := running(folder):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(processes, timeout=5)
+
+
+def copy_repo(folder: Path) -> Path:
+    """Copy the program to a new folder."""
+    folder.mkdir()
+    for file in REPO.glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copytree(REPO / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def data_flags(**flags) -> argparse.Namespace:
+    """Return the arguments that data.py wants, those of `--dataset synthetic` unless told otherwise."""
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    args = parser.parse_args(["--dataset=synthetic"])
+    return argparse.Namespace(**{**vars(args), "seed": 0, "n_clients": 2, "env": "sim", "export": False, **flags})
 
 
 def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

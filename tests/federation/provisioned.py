@@ -11,7 +11,6 @@ from pathlib import Path
 import yaml
 
 from conftest import REPO
-from guard import RUN_VARIABLE
 
 SITES = ["site-1", "site-2"]
 PARTICIPANTS = ["server", *SITES]
@@ -51,9 +50,8 @@ class Federation:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the federation's processes, by which guard.processes_of finds them."""
-        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, RUN_VARIABLE: str(self.folder)}
+        """The environment of the federation's processes: this virtual environment's."""
+        return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
     def start(self, participant: str) -> None:
         command = [*self.hosts.get(participant, []), "bash", self.kit(participant) / "startup" / "start.sh"]

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import REPO, changed_client, finish, run_job, running, same_weights, start_job, wait_until
-from guard import kill_processes_of, processes_of
+from conftest import REPO, changed_client, end_all, finish, run_job, running, same_weights, start_job, wait_until
 from provisioned import ADMIN, BIN, PARTICIPANTS, SITES, Federation
 
 SMALL = ["--train_size", "64", "--test_size", "100"]
@@ -47,7 +46,7 @@ def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_p
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == set(SITES)
     assert f"tensorboard --logdir {run.results / 'tb_events'}" in run.output
     assert (run.folder / "poc").stat().st_mode & 0o077 == 0  # its certificate authority's key is in there
-    assert not processes_of(run.folder)
+    assert not running(run.folder.parent)
 
 
 def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
@@ -55,7 +54,7 @@ def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
     run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--train_script", str(script))
     assert run.status == 1
     assert re.fullmatch(r"job\.py: error: site-[12] failed: ValueError: no such thing \(see .*log.txt\)\n", run.errors)
-    assert not processes_of(run.folder)
+    assert not running(run.folder.parent)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,7 +65,7 @@ def test_signal_stops_the_services_of_poc(tmp_path, number):
     process.send_signal(number)
     run = finish(process, tmp_path / "workspace")
     assert run.status == 128 + number
-    assert not processes_of(run.folder)
+    assert not running(run.folder.parent)
 
 
 # ---- The provisioned federation, made and started by README.md's commands ----
@@ -93,7 +92,7 @@ def federation(tmp_path_factory, online):
         run(SHUTDOWN)
         wait_for_end(federation)
     finally:
-        kill_processes_of(federation.folder)
+        end_all(federation.folder)
 
 
 def wait_for_end(federation: Federation, *words: str) -> None:

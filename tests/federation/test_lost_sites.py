@@ -6,8 +6,7 @@ import subprocess
 
 import pytest
 
-from conftest import finish, running, start_job
-from guard import kill_processes_of
+from conftest import end_all, finish, running, start_job
 from provisioned import ADMIN, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
 
 
@@ -25,7 +24,7 @@ def federation(tmp_path_factory):
                 federation.start(participant)
             yield federation
         finally:
-            kill_processes_of(federation.folder)
+            end_all(federation.folder)
 
 
 @pytest.mark.parametrize("accident", ["cut off", "started again"])

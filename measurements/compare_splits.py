@@ -1,4 +1,4 @@
-"""Train five sites on the same and on different images, and draw what it does: python tests/compare_splits.py
+"""Train five sites on the same and on different images, and draw what it does: python measurements/compare_splits.py
 
 Runs job.py with client_with_eval.py once for each split, with the same number of steps for all: a site that has all
 training images passes over them once a round, one that has a fifth of them five times. Prints the accuracy of the

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torchvision.datasets
 
+import cifar10
 import data
-from conftest import REPO, TEST_IMAGES, TRAIN_IMAGES
+from conftest import REPO, TEST_IMAGES, TRAIN_IMAGES, data_flags
 
 
 @pytest.fixture
@@ -25,25 +26,35 @@ def no_network(small_cifar10, monkeypatch):
 
 
 def batches(folder):
-    return folder / data.CIFAR10_FOLDER
+    return folder / cifar10.BATCHES_FOLDER
+
+
+def synthetic(train_size=None, test_size=None, seed=0):
+    flags = data_flags(train_size=train_size, test_size=test_size, seed=seed)
+    return data.load_data(flags, "site-1")
+
+
+def load_cifar10(folder, train_size=None, test_size=None):
+    flags = data_flags(dataset="cifar10", data_root=str(folder), train_size=train_size, test_size=test_size)
+    return data.load_data(flags, "site-1")
 
 
 def test_synthetic_images_have_cifar10s_shapes_and_come_from_the_seed():
-    (images, labels), (test_images, _) = (part.tensors for part in data.load_data("synthetic", "", 200, 50, seed=1))
+    (images, labels), (test_images, _) = (part.tensors for part in synthetic(200, 50, seed=1))
     assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8 and test_images.shape == (50, 3, 32, 32)
     assert labels.dtype == torch.int64 and sorted(labels.unique().tolist()) == list(range(10))
-    again, other = (data.load_data("synthetic", "", 200, 50, seed)[0].tensors[0] for seed in (1, 2))
+    again, other = (synthetic(200, 50, seed)[0].tensors[0] for seed in (1, 2))
     assert torch.equal(images, again) and not torch.equal(images, other)
 
 
 def test_fewer_synthetic_images_are_the_first_of_more():
-    (few, few_tests), (more, more_tests) = data.load_data("synthetic", "", 5, 3), data.load_data("synthetic", "", 9, 6)
+    (few, few_tests), (more, more_tests) = synthetic(5, 3), synthetic(9, 6)
     assert torch.equal(few.tensors[0], more.tensors[0][:5]) and torch.equal(few.tensors[1], more.tensors[1][:5])
     assert torch.equal(few_tests.tensors[0], more_tests.tensors[0][:3])
 
 
 def test_synthetic_sizes_by_default():
-    train_set, test_set = data.load_data("synthetic", "")
+    train_set, test_set = synthetic()
     assert (len(train_set), len(test_set)) == (5000, 1000)
 
 
@@ -54,11 +65,11 @@ def test_loader_scales_bytes_to_minus_one_to_one():
     assert batch.dtype == torch.float32 and (batch.min(), batch.max()) == (-1, 1) and not rest and len(labels) == 1
 
 
-def test_loader_shuffles_by_its_generator_and_visits_every_image_once():
-    train_set, _ = data.load_data("synthetic", "", 50, 1)
+def test_loader_shuffles_by_what_it_is_told_and_visits_every_image_once():
+    train_set, _ = synthetic(50, 1)
 
     def order(seed):
-        loader = data.make_loader(train_set, 16, torch.Generator().manual_seed(seed))
+        loader = data.make_loader(train_set, 16, shuffle_by=(seed, "site-1", 0))
         return torch.cat([images for images, _ in loader])
 
     assert len(order(1)) == 50
@@ -69,7 +80,7 @@ def test_loader_shuffles_by_its_generator_and_visits_every_image_once():
 
 
 def test_cifar10_is_downloaded_once_and_decoded_as_torchvision_reads_it(small_cifar10, cifar10_server, tmp_path):
-    train_set, test_set = data.load_data("cifar10", str(tmp_path))
+    train_set, test_set = load_cifar10(tmp_path)
     downloads = cifar10_server.downloads
     assert (len(train_set), len(test_set)) == (TRAIN_IMAGES, TEST_IMAGES)
     for part, train in ((train_set, True), (test_set, False)):
@@ -77,19 +88,19 @@ def test_cifar10_is_downloaded_once_and_decoded_as_torchvision_reads_it(small_ci
         images, labels = part.tensors
         assert torch.equal(images, torch.from_numpy(reference.data).permute(0, 3, 1, 2))
         assert labels.tolist() == reference.targets
-    data.load_data("cifar10", str(tmp_path))
+    load_cifar10(tmp_path)
     assert cifar10_server.downloads == downloads
 
 
 def test_sizes_take_the_first_images(small_cifar10, tmp_path):
-    train_set, test_set = data.load_data("cifar10", str(tmp_path), 7, 3)
+    train_set, test_set = load_cifar10(tmp_path, 7, 3)
     assert (len(train_set), len(test_set)) == (7, 3)
-    assert torch.equal(train_set.tensors[0], data.load_data("cifar10", str(tmp_path))[0].tensors[0][:7])
+    assert torch.equal(train_set.tensors[0], load_cifar10(tmp_path)[0].tensors[0][:7])
 
 
 def test_eight_processes_download_once(online, cifar10_server, tmp_path):
     before = cifar10_server.downloads
-    command = [sys.executable, str(REPO / "data.py"), "--data_root", str(tmp_path)]
+    command = [sys.executable, str(REPO / "cifar10.py"), "--data_root", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     processes = [subprocess.Popen(command, env={**os.environ, **online}, **pipes) for _ in range(8)]
     outputs = [process.communicate()[0] for process in processes]
@@ -97,46 +108,59 @@ def test_eight_processes_download_once(online, cifar10_server, tmp_path):
     assert cifar10_server.downloads - before == 2
 
 
-def test_auto_falls_back_to_synthetic_with_a_warning(no_network, tmp_path, capsys):
-    assert data.choose_dataset("auto", str(tmp_path)) == "synthetic"
-    assert "WARNING: training on SYNTHETIC images" in capsys.readouterr().err
+def prepared(dataset, folder, **flags):
+    """Return what a dataset becomes, and the warning."""
+    args = data_flags(dataset=dataset, data_root=str(folder), **flags)
+    warning = data.prepare_data(args)
+    return args.dataset, warning
+
+
+def test_auto_falls_back_to_synthetic_with_a_warning(no_network, tmp_path):
+    dataset, warning = prepared("auto", tmp_path)
+    assert dataset == "synthetic" and "training on SYNTHETIC images" in warning
 
 
 def test_auto_takes_cifar10_that_can_be_downloaded(small_cifar10, tmp_path):
-    assert data.choose_dataset("auto", str(tmp_path)) == "cifar10"
+    assert prepared("auto", tmp_path) == ("cifar10", "")
+
+
+def test_auto_is_cifar10_on_real_sites_and_nothing_is_downloaded_here(small_cifar10, cifar10_server, tmp_path):
+    downloads = cifar10_server.downloads
+    assert prepared("auto", tmp_path, env="prod") == prepared("auto", tmp_path, export=True) == ("cifar10", "")
+    assert cifar10_server.downloads == downloads
 
 
 def test_cifar10_that_cant_be_had_is_one_clear_error(no_network, tmp_path):
-    with pytest.raises(data.UnavailableError, match=r"^CIFAR-10 in .* is missing and can't be downloaded .*--dataset"):
-        data.choose_dataset("cifar10", str(tmp_path))
+    with pytest.raises(cifar10.DataError, match=r"^CIFAR-10 in .* is missing and can't be downloaded .*--dataset"):
+        prepared("cifar10", tmp_path)
 
 
 def test_silent_server_is_given_up(small_cifar10, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/x")
-        monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 1)
-        with pytest.raises(data.UnavailableError, match=r"timed out|no answer"):
-            data.load_data("cifar10", str(tmp_path))
+        monkeypatch.setattr(cifar10, "SILENCE", 1)
+        with pytest.raises(cifar10.DataError, match="timed out"):
+            load_cifar10(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "missing"])
 def test_damaged_files_are_replaced(small_cifar10, tmp_path, damage):
-    train_set, _ = data.load_data("cifar10", str(tmp_path))
+    train_set, _ = load_cifar10(tmp_path)
     intact = train_set.tensors[0].clone()
     time.sleep(0.01)  # so that the damage is newer than the decoded file
     damage_file(batches(tmp_path) / "data_batch_3", damage)
-    (tmp_path / data.DECODED_FILE).unlink()
-    assert torch.equal(data.load_data("cifar10", str(tmp_path))[0].tensors[0], intact)
+    (tmp_path / cifar10.DECODED_FILE).unlink()
+    assert torch.equal(load_cifar10(tmp_path)[0].tensors[0], intact)
 
 
 def test_damaged_files_that_cant_be_replaced_are_one_clear_error(small_cifar10, monkeypatch, tmp_path):
-    data.load_data("cifar10", str(tmp_path))
+    load_cifar10(tmp_path)
     time.sleep(0.01)
     damage_file(batches(tmp_path) / "data_batch_3", "cut short")
     (tmp_path / "cifar-10-python.tar.gz").unlink()
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x")
-    with pytest.raises(data.UnavailableError, match=rf"is damaged .* delete {batches(tmp_path)}"):
-        data.load_data("cifar10", str(tmp_path))
+    with pytest.raises(cifar10.DataError, match=rf"is damaged .* delete {batches(tmp_path)}"):
+        load_cifar10(tmp_path)
 
 
 def test_download_cut_off_or_altered_is_never_taken_and_the_next_one_repairs_it(
@@ -145,22 +169,22 @@ def test_download_cut_off_or_altered_is_never_taken_and_the_next_one_repairs_it(
     intact = cifar10_server.archive
     for broken in (intact[: len(intact) // 2], intact[:-1] + b"x"):
         monkeypatch.setattr(cifar10_server, "archive", broken)
-        with pytest.raises(data.UnavailableError, match="is missing and can't be downloaded"):
-            data.load_data("cifar10", str(tmp_path))
-        assert not batches(tmp_path).exists() and not (tmp_path / data.DECODED_FILE).exists()
+        with pytest.raises(cifar10.DataError, match="is missing and can't be downloaded"):
+            load_cifar10(tmp_path)
+        assert not batches(tmp_path).exists() and not (tmp_path / cifar10.DECODED_FILE).exists()
     monkeypatch.setattr(cifar10_server, "archive", intact)
-    assert len(data.load_data("cifar10", str(tmp_path))[0]) == TRAIN_IMAGES
+    assert len(load_cifar10(tmp_path)[0]) == TRAIN_IMAGES
 
 
 def test_decoded_file_of_something_else_is_made_again(small_cifar10, tmp_path):
-    torch.save([1], tmp_path / data.DECODED_FILE)
-    assert len(data.load_data("cifar10", str(tmp_path))[0]) == TRAIN_IMAGES
+    torch.save([1], tmp_path / cifar10.DECODED_FILE)
+    assert len(load_cifar10(tmp_path)[0]) == TRAIN_IMAGES
 
 
 def test_decoded_file_that_was_cut_short_is_made_again(small_cifar10, tmp_path):
-    data.load_data("cifar10", str(tmp_path))
-    damage_file(tmp_path / data.DECODED_FILE, "cut short")
-    assert len(data.load_data("cifar10", str(tmp_path))[0]) == TRAIN_IMAGES
+    load_cifar10(tmp_path)
+    damage_file(tmp_path / cifar10.DECODED_FILE, "cut short")
+    assert len(load_cifar10(tmp_path)[0]) == TRAIN_IMAGES
 
 
 def damage_file(path, damage):
@@ -172,13 +196,13 @@ def damage_file(path, damage):
 
 def test_folder_in_a_variable_of_the_site(small_cifar10, tmp_path, monkeypatch):
     monkeypatch.setenv("SITE_IMAGES", str(tmp_path))
-    assert len(data.load_data("cifar10", "$SITE_IMAGES/cifar10")[0]) == TRAIN_IMAGES
-    assert (tmp_path / "cifar10" / data.DECODED_FILE).exists()
-    with pytest.raises(data.DataError, match="not set on this site"):
-        data.load_data("cifar10", "$NO_SUCH_VARIABLE")
+    assert len(load_cifar10("$SITE_IMAGES/cifar10")[0]) == TRAIN_IMAGES
+    assert (tmp_path / "cifar10" / cifar10.DECODED_FILE).exists()
+    with pytest.raises(cifar10.DataError, match="not set on site-1"):
+        load_cifar10("$NO_SUCH_VARIABLE")
 
 
 def test_folder_that_cant_be_written_is_one_clear_error(small_cifar10, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(data.DataError, match="choose another --data_root"):
-        data.load_data("cifar10", str(tmp_path / "file"))
+    with pytest.raises(cifar10.DataError, match="choose another --data_root"):
+        load_cifar10(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Measure job.py, in time and memory: python tests/benchmark_job.py [cost] [clients] [rounds] [growth]
+"""Measure job.py, in time and memory: python measurements/benchmark_job.py [cost] [clients] [rounds] [growth]
 
 cost:    (a) bare:  as many plain PyTorch processes at once as there are clients, without NVFlare, one thread each,
                     which take the same steps on the same images;
@@ -31,14 +31,16 @@ REPO = Path(__file__).resolve().parent.parent
 
 BARE = """
 import sys
+from argparse import Namespace
 import torch
 from torch.nn import functional as F
 from data import load_data, make_loader
 from model import SimpleNetwork
 
 dataset, data_root, epochs, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-train_set, _ = load_data(dataset, data_root)
-train_loader = make_loader(train_set, 16, torch.Generator().manual_seed(seed))
+sizes = {"train_size": None, "test_size": None}
+train_set, _ = load_data(Namespace(dataset=dataset, data_root=data_root, split="same", seed=0, **sizes), "site-1")
+train_loader = make_loader(train_set, 16, shuffle_by=(seed,))
 model = SimpleNetwork()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 for _ in range(epochs):
@@ -55,7 +57,7 @@ def cost(job: list[str], args: argparse.Namespace) -> None:
     rows = []
     for _ in range(args.repeats):
         a = run(bare, OMP_NUM_THREADS="1")
-        b = run([[*job, "--train_script=tests/echo_client.py"]])
+        b = run([[*job, "--train_script=measurements/echo_client.py"]])
         c = run([job])
         rows.append((a, b, c, (c - b) / a))
         print("a {:.1f} s   b {:.1f} s   c {:.1f} s   (c - b) / a {:.3f}".format(*rows[-1]), flush=True)
@@ -72,7 +74,7 @@ def clients(job: list[str], args: argparse.Namespace) -> None:
         print(f"{n:>2} clients {peak:.0f} MB, {more:>2} clients {higher:.0f} MB: ", end="")
         print(f"{(higher - peak) / (more - n):.0f} MB for each further client", flush=True)
     if args.dataset == "cifar10":
-        timed = [*job, "--train_script=tests/timed_client.py", "--train_size=1000"]
+        timed = [*job, "--train_script=measurements/timed_client.py", "--train_size=1000"]
         shared, own = [], []
         for _ in range(args.repeats):
             shared += first_steps(timed)

@@ -1,4 +1,4 @@
-"""Each site's share of the training images: its properties, and what sites do with it."""
+"""Each site's share of the training images: its properties."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import run_job, same_weights
-from data import DataError, load_data, partition, take_shard
+from cifar10 import DataError
+from conftest import data_flags
+from data import class_counts, load_data, partition
 
 LABELS = st.lists(st.integers(0, 9), min_size=1, max_size=300).map(np.array)
 ALPHAS = st.floats(-6, 6).map(lambda exponent: 10.0**exponent)
@@ -71,31 +72,23 @@ def test_smaller_alpha_means_more_skew():
 
 
 @pytest.mark.parametrize("split", ["iid", "dirichlet"])
-def test_taken_shards_are_the_training_images(split):
-    train_set, _ = load_data("synthetic", "", 100, 1, seed=3)
-    shards = [take_shard(train_set, split, 0.3, shard, 3, seed=3) for shard in (1, 2, 3)]
+def test_sites_take_the_training_images_by_their_number(split):
+    flags = {"train_size": 100, "test_size": 1, "seed": 3, "n_clients": 3}
+    args = data_flags(split=split, alpha=1, **flags)
+    train_set, _ = load_data(data_flags(**flags), "site-1")
+    shards = [load_data(args, f"site-{i}")[0] for i in (1, 2, 3)]
     images = torch.cat([shard[list(range(len(shard)))][0] for shard in shards])
     assert sorted(images.sum(dim=(1, 2, 3)).tolist()) == sorted(train_set.tensors[0].sum(dim=(1, 2, 3)).tolist())
+    for shard, indices in zip(shards, partition(train_set.tensors[1].numpy(), 3, split, 1, seed=3)):
+        assert shard.indices == indices.tolist()
+        counts = np.bincount(train_set.tensors[1][indices], minlength=10).tolist()
+        assert class_counts(args, shard) == dict(zip("0123456789", counts))
+    for stranger in ("site-0", "site-4", "hospital"):
+        with pytest.raises(DataError, match=f"to site-1 ... site-3, not to {stranger}"):
+            load_data(args, stranger)
 
 
 def test_same_split_takes_everything():
-    train_set, _ = load_data("synthetic", "", 10, 1)
-    assert take_shard(train_set, "same", None, 1, 1, seed=0) is train_set
-
-
-@pytest.mark.parametrize("split", ["iid", "dirichlet"])
-def test_evaluation_leaves_the_trained_weights_alone(split, tmp_path):
-    flags = ["--train_size", "64", "--test_size", "100", "--split", split]
-    plain, evaluated = (
-        run_job(tmp_path / script, *flags, "--train_script", script, OMP_NUM_THREADS="1")
-        for script in ("client.py", "client_with_eval.py")
-    )
-    assert plain.status == evaluated.status == 0, plain.errors + evaluated.errors
-    assert same_weights(plain.weights(), evaluated.weights())
-
-    # The start shows each site's share, class by class.
-    labels = load_data("synthetic", "", 64, 100)[0].tensors[1].numpy()
-    for site, shard in zip(("site-1", "site-2"), partition(labels, 2, split, 0.5, seed=0)):
-        counts = np.bincount(labels[shard], minlength=10)
-        assert " ".join(map(str, [site, 32, *counts])) in " ".join(plain.output.split())
-    assert f"64 training images in all ({split} split" in plain.output
+    args = data_flags(train_size=10, test_size=1)
+    train_set, _ = load_data(args, "a hospital")
+    assert len(train_set) == 10 and sum(class_counts(args, train_set).values()) == 10

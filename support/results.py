@@ -1,0 +1,94 @@
+"""What did NVFlare leave? Read once, checked once."""
+
+import argparse
+import json
+import math
+import pickle
+import statistics
+from pathlib import Path
+
+import torch
+
+from support.failure import JobFailed
+
+FINAL_MODEL, BEST_MODEL = "FL_global_model.pt", "best_FL_global_model.pt"  # NVFlare's names
+
+
+def read_results(args: argparse.Namespace, folder: str, key_metric: str) -> dict:
+    """Read what a job left in a folder, in which app_server, tb_events and so on are.
+
+    Returns:
+        rounds: of each round, the metrics that the sites reported: {site: {name: value}}.
+        models: the same of each model that was evaluated at the end, by its name.
+        best_model: the better one of the global models, by the mean of key_metric over the sites; None if unknown.
+        diverged: whether the final model holds numbers that are not finite.
+        paths: of the global models' files, of TensorBoard's, and of all.
+
+    Raises:
+        JobFailed: a round or an evaluation is missing, of which NVFlare 2.9.0's simulator may say nothing.
+    """
+    folder = Path(folder)
+    files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
+    final = load_model(files[0]) if files[0].exists() else {}
+    rounds = final["meta_props"]["current_round"] + 1 if final else 0
+    if rounds < args.num_rounds:
+        raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")
+    models = read_evaluation(folder)
+    if args.evaluates:
+        sites = args.sites if args.env != "prod" else {site for by_site in models.values() for site in by_site}
+        for model in [FINAL_MODEL, *(sites if args.cross_site_eval else [])]:
+            if (count := len(models.get(model, {}))) < args.n_clients:
+                raise JobFailed(f"the model {model} was evaluated on {count} of {args.n_clients} sites")
+    scores = {
+        name: statistics.mean(metrics[key_metric] for metrics in models[name].values())
+        for name in (FINAL_MODEL, BEST_MODEL)
+        if name in models and all(math.isfinite(m.get(key_metric, math.nan)) for m in models[name].values())
+    }
+    best = max(scores, key=scores.get, default=None)
+    return {
+        "rounds": read_rounds(folder),
+        "models": models,
+        "best_model": best and {"name": best, key_metric: scores[best]},
+        "diverged": not all(torch.as_tensor(weight).isfinite().all() for weight in final["model"].values()),
+        "paths": {
+            "models": [str(file) for file in files if file.exists()],
+            "tensorboard": str(folder / "tb_events"),
+            "results": str(folder),
+        },
+    }
+
+
+def load_model(file: Path) -> dict:
+    """Load what NVFlare saved of a global model; no code in it is run."""
+    try:
+        return torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        raise JobFailed(f"{file.name} holds more than weights, and was not loaded") from None
+
+
+def read_rounds(folder: Path) -> list[dict]:
+    """Read the metrics that the sites reported in each round."""
+    file = folder / "metrics" / "round_metrics.jsonl"  # missing if the clients report no metrics
+    rounds = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        record = json.loads(line)
+        rounds += [{}] * (record["round"] - len(rounds))  # NVFlare skips a round without metrics
+        reported = {site["name"]: {m["name"]: m["value"] for m in site["metrics"]} for site in record["sites"]}
+        rounds.append({site: numbers(metrics) for site, metrics in reported.items()})
+    return rounds
+
+
+def read_evaluation(folder: Path) -> dict[str, dict]:
+    """Read the metrics of each model that was evaluated at the end."""
+    file = folder / "cross_site_val" / "cross_val_results.json"
+    models = {}
+    for site, metrics_by_model in json.loads(file.read_text()).items() if file.exists() else []:
+        for model, metrics in metrics_by_model.items():
+            name = model.removeprefix("SRV_")  # a model of the server's
+            models.setdefault(name, {})[site] = numbers(metrics)
+    return models
+
+
+def numbers(metrics: dict) -> dict[str, float]:
+    """Return those metrics that are numbers: a script may report others."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
