@@ -98,41 +98,36 @@ def data_folder(args: argparse.Namespace, site: str) -> Path:
 
 
 def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
-    """Deal images out in disjoint shards that hold them all, of sizes that differ by one image at most.
+    """Deal images out in disjoint shards that hold them all, the same ones for the same seed.
 
     Args:
         labels: int64 (N,), the class of each image.
-        split: "iid" deals at random. "dirichlet" skews the labels as Hsu et al. 2019 (arXiv:1909.06335) do: each
-            shard draws its mix of classes from Dir(alpha * p), where p is the mix of all images, and then draws
-            images by it. When a class is used up, the shard draws a new mix of those that are left.
-        alpha: > 0; near 0 a shard holds as few classes as it can, and in the thousands all shards look alike.
+        split: "iid" deals at random, in shards whose sizes differ by one image at most. "dirichlet" skews the labels
+            (Yurochkin et al. 2019, arXiv:1905.12022): of each class, the shards take fractions drawn from
+            Dir(alpha, ..., alpha). It draws again until each shard has 10 images, or N / num_shards of a small set.
+        alpha: > 0; near 0 each class goes to one shard, and in the thousands all shards look alike.
 
     Returns:
         The indices of each shard's images, int64.
 
     Raises:
-        DataError: there are fewer images than shards.
+        DataError: there are fewer images than shards, or 1 000 draws left a shard with too few.
     """
-    if len(labels) < num_shards:
+    least = min(10, len(labels) // num_shards)
+    if least == 0:
         raise DataError(f"{len(labels)} training images are too few for {num_shards} sites: raise --train_size")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
-    shards = np.array_split(order, num_shards)
     if split == "iid":
-        return shards
-
-    pools = [order[labels[order] == label] for label in np.unique(labels)]
-    prior = np.array([len(pool) for pool in pools]) / len(labels)
-    for i, size in enumerate(len(shard) for shard in shards):
-        left = np.array([len(pool) for pool in pools])
-        counts = np.zeros_like(left)
-        while missing := size - counts.sum():
-            mix, available = np.zeros(len(pools)), counts < left
-            mix[available] = rng.dirichlet(alpha * prior[available])
-            counts = np.minimum(counts + rng.multinomial(missing, mix), left)
-        shards[i] = np.concatenate([pool[:count] for pool, count in zip(pools, counts)])
-        pools = [pool[count:] for pool, count in zip(pools, counts)]
-    return shards
+        return np.array_split(order, num_shards)
+    classes = [order[labels[order] == label] for label in np.unique(labels)]
+    for _ in range(1_000):
+        fractions = rng.dirichlet(np.full(num_shards, alpha), size=len(classes))
+        cuts = [(len(images) * row.cumsum()[:-1]).astype(int) for images, row in zip(classes, fractions)]
+        shards = [np.concatenate(parts) for parts in zip(*map(np.split, classes, cuts))]
+        if min(len(shard) for shard in shards) >= least:
+            return shards
+    raise DataError(f"--alpha {alpha:g} leaves a site with fewer than {least} images: raise it or --train_size")
 
 
 def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = None) -> DataLoader:

@@ -38,37 +38,41 @@ def test_result_of_the_run_before_is_trained_further(one_client, tmp_path):
     assert distance(run.weights(), expected) < 1e-6
 
 
-def shares(split, n_clients, seed, alpha=None):
-    train_set, _ = load_data(data_flags(train_size=SIZE, test_size=1, seed=seed), "site-1")
+def shares(split, n_clients, seed, alpha=None, size=SIZE):
+    train_set, _ = load_data(data_flags(train_size=size, test_size=1, seed=seed), "site-1")
     labels = train_set.tensors[1].numpy()
     return labels, partition(labels, n_clients, split, alpha, seed)
 
 
-def test_two_sites_train_on_their_shares_and_evaluate(tmp_path):
+def test_two_sites_of_very_different_sizes_are_weighted_by_their_steps_and_evaluated(tmp_path):
     flags = ["--train_size", str(SIZE), "--test_size", "100", "--seed", "7", "--split", "dirichlet", "--alpha", "0.1"]
     run = run_job(tmp_path / "workspace", *flags, "--train_script", "client_with_eval.py")
     assert run.status == 0, run.errors
     labels, sites = shares("dirichlet", 2, seed=7, alpha=0.1)
+    assert max(map(len, sites)) > 2 * min(map(len, sites))
     assert distance(run.weights(), fedavg(sites, rounds=2, seed=7, size=SIZE)) < 1e-6
+    assert distance(run.weights(), fedavg(sites, rounds=2, seed=7, size=SIZE, by_steps=False)) > 1e-4
 
     # The start shows each site's share, class by class.
     for site, share in zip(("site-1", "site-2"), sites):
         counts = np.bincount(labels[share], minlength=10)
         assert " ".join(map(str, [site, len(share), *counts])) in " ".join(run.output.split())
     sizes = sorted(map(len, sites))
-    assert f"(dirichlet split of alpha 0.1), {sizes[0]} training images a site" in run.output
+    assert f"(dirichlet split of alpha 0.1), {sizes[0]} to {sizes[1]} training images a site" in run.output
 
 
-def test_three_sites_train_on_their_shares(tmp_path):
-    # 27, 27 and 26 images, in batches of 13: 3, 3 and 2 steps an epoch.
-    flags = ["--n_clients", "3", "--train_size", str(SIZE), "--test_size", "1", "--split", "iid", "--batch_size", "13"]
+def test_eight_sites_train_on_their_shares(tmp_path):
+    # 84 images: four sites have 11 and four have 10, in batches of 10: 2 steps an epoch and 1.
+    flags = ["--n_clients", "8", "--train_size", "84", "--test_size", "1", "--split", "iid", "--batch_size", "10"]
     run = run_job(tmp_path / "workspace", *flags)
     assert run.status == 0, run.errors
-    _, sites = shares("iid", 3, seed=0)
-    assert distance(run.weights(), fedavg(sites, rounds=2, seed=0, size=SIZE, batch_size=13)) < 1e-5
-    assert distance(run.weights(), fedavg(sites, rounds=2, seed=0, size=SIZE, batch_size=13, by_steps=False)) > 1e-4
-    assert distance(run.weights(), fedavg([ALL] * 3, rounds=2, seed=0, size=SIZE)) > 1e-2
-    assert "(iid split), 26 to 27 training images a site" in run.output
+    _, sites = shares("iid", 8, seed=0, size=84)
+    reference = {"rounds": 2, "seed": 0, "size": 84, "batch_size": 10}
+    assert distance(run.weights(), fedavg(sites, **reference)) < 1e-5
+    assert distance(run.weights(), fedavg(sites, **reference, by_steps=False)) > 1e-4
+    assert distance(run.weights(), fedavg([range(84)] * 8, **reference)) > 1e-2
+    assert "(iid split), 10 to 11 training images a site" in run.output
+    assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
 
 
 def test_privacy_filter_of_the_readme_is_applied(tmp_path):

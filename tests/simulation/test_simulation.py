@@ -223,9 +223,3 @@ def test_script_elsewhere_that_diverges_and_reports_odd_metrics_gets_its_summary
     assert "\nWARNING: the final model's weights are not finite numbers: training diverged." in run.output
     assert run.output.endswith(f"tensorboard --logdir {run.results / 'tb_events'}\n")
     assert scalars(run, "site-1")["mean"] == {2: 1.5}
-
-
-def test_eight_clients(tmp_path):
-    run = run_job(tmp_path / "workspace", "--n_clients", "8", "--train_size", "32", "--num_rounds", "1")
-    assert run.status == 0, run.errors
-    assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
