@@ -1,4 +1,4 @@
-"""One site's local training: plain PyTorch, made federated by the eleven numbered FLARE lines."""
+"""One site's local training: plain PyTorch, made federated by the twelve numbered FLARE lines."""
 
 import argparse
 
@@ -62,20 +62,20 @@ def main():
             global_model = flare.receive()  # (7) wait for the global model
             model.load_state_dict(global_model.params)  # (8) start from its weights
 
-            current_round = global_model.current_round
+            current_round = global_model.current_round  # (9) from 0
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)
             train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps)
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
 
-            local_model = flare.FLModel(  # (9) the new weights, what to report, and FedAvg's weight of this site
+            local_model = flare.FLModel(  # (10) the new weights, what to report, and FedAvg's weight of this site
                 params=model.state_dict(),
                 metrics={"train_loss": train_loss},
                 meta={"NUM_STEPS_CURRENT_ROUND": steps},
             )
-            flare.send(local_model)  # (10) to the server
+            flare.send(local_model)  # (11) to the server
     finally:
-        flare.shutdown()  # (11) after an error too: FLARE's threads would keep a failed process alive
+        flare.shutdown()  # (12) after an error too: FLARE's threads would keep a failed process alive
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""client.py plus evaluation: its FLARE lines keep their numbers, and those that evaluation adds go on from (12)."""
+"""client.py plus evaluation: its FLARE lines keep their numbers, and those that evaluation adds go on from (13)."""
 
 import argparse
 from pathlib import Path
@@ -87,20 +87,20 @@ def main():
 
         while flare.is_running():  # (6) until the job ends
             global_model = flare.receive()  # (7) wait for the global model
-            if flare.is_submit_model():  # (12) the server wants this site's best local model
+            if flare.is_submit_model():  # (13) the server wants this site's best local model
                 best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
-                flare.send(flare.FLModel(params=best["model"]))  # (13)
+                flare.send(flare.FLModel(params=best["model"]))  # (14)
                 continue
 
             model.load_state_dict(global_model.params)  # (8) start from its weights
             accuracy, loss = evaluate(model, test_loader, device)
             metrics = {"accuracy": accuracy, "loss": loss}
 
-            if flare.is_evaluate():  # (14) the server wants the metrics of this model and nothing else
-                flare.send(flare.FLModel(metrics=metrics))  # (15)
+            if flare.is_evaluate():  # (15) the server wants the metrics of this model and nothing else
+                flare.send(flare.FLModel(metrics=metrics))  # (16)
                 continue
 
-            current_round = global_model.current_round
+            current_round = global_model.current_round  # (9) from 0
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step=current_round)
             print(f"{site_name}, round {current_round}: accuracy of the global model {accuracy:.2f} %")
@@ -111,14 +111,14 @@ def main():
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
             keep_best(model, evaluate(model, test_loader, device)[0])
 
-            local_model = flare.FLModel(  # (9) the new weights, what to report, and FedAvg's weight of this site
+            local_model = flare.FLModel(  # (10) the new weights, what to report, and FedAvg's weight of this site
                 params=model.state_dict(),
                 metrics={"train_loss": train_loss, **metrics},
                 meta={"NUM_STEPS_CURRENT_ROUND": steps},
             )
-            flare.send(local_model)  # (10) to the server
+            flare.send(local_model)  # (11) to the server
     finally:
-        flare.shutdown()  # (11) after an error too: FLARE's threads would keep a failed process alive
+        flare.shutdown()  # (12) after an error too: FLARE's threads would keep a failed process alive
 
 
 if __name__ == "__main__":
