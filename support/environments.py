@@ -21,7 +21,6 @@ from nvflare.recipe.spec import Recipe
 
 from support.failure import JobFailed
 
-HERE = Path(__file__).resolve().parent.parent
 POC_PORT = 8002  # of the server, by NVFlare's default
 LOGIN_TIMEOUT = 20  # seconds
 LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back
@@ -33,7 +32,7 @@ def send_along(recipe: Recipe, script: Path) -> None:
     sys.path.insert(0, str(script.parent))
     for module in ("data.py", "cifar10.py", "model.py"):
         if not (script.parent / module).exists():
-            recipe.add_client_file(str(HERE / module))
+            recipe.add_client_file(str(Path(__file__).resolve().parents[1] / module))
 
 
 def python_of(args: argparse.Namespace) -> str:
@@ -92,9 +91,7 @@ class PocEnv(nvflare.recipe.PocEnv):
     def deploy(self, job: FedJob) -> str:
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", POC_PORT)) == 0:
-                raise OSError(
-                    f"port {POC_PORT} of this machine is taken by another server: `nvflare poc stop` may end it"
-                )
+                raise OSError(f"port {POC_PORT} of this machine is taken by another server: try `nvflare poc stop`")
         share_cores(self.num_clients)
         os.umask(0o077)  # the proof of concept has private keys in it
         print(f"NVFlare's logs: {self.run_folder}/poc/*/prod_00/*/log.txt", flush=True)
@@ -121,8 +118,8 @@ class ProdEnv(nvflare.recipe.ProdEnv):
         return submit(super().deploy, job, self.startup_kit_location)
 
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
+        kit = self.startup_kit_location
         try:
-            kit = self.startup_kit_location
             return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.num_clients)
         except SystemExit as stopped:
             stopped.left = f"the federation goes on with job {job_id}"

@@ -31,11 +31,8 @@ def show_data(args: argparse.Namespace, warning: str, load_data, class_counts) -
         return data
     for site in args.sites:
         train_set, test_set = load_data(args, site)
-        data["sites"][site] = {
-            "train_size": len(train_set),
-            "test_size": len(test_set),
-            "class_counts": class_counts(args, train_set),
-        }
+        sizes = {"train_size": len(train_set), "test_size": len(test_set)}
+        data["sites"][site] = {**sizes, "class_counts": class_counts(args, train_set)}
     rows = {site: described["class_counts"] for site, described in data["sites"].items()}
     if all(row == rows["site-1"] for row in rows.values()):
         rows = {"each site": rows["site-1"]}
@@ -47,12 +44,7 @@ def show_data(args: argparse.Namespace, warning: str, load_data, class_counts) -
 
 
 def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
-    """Print a run's summary, add the final model to TensorBoard, and write --json.
-
-    Args:
-        data: see show_data.
-        results: see read_results.
-    """
+    """Print a run's summary, add the final model to TensorBoard, and write --json: see show_data and read_results."""
     models, tb_events = results["models"], results["paths"]["tensorboard"]
     for site, metrics in models.get(FINAL_MODEL, {}).items():
         # NVFlare 2.9.0 tells no client which model it validates, so no client can add this point.
