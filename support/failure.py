@@ -39,8 +39,6 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     printed = [record["message"] for record in logs[log] if record["name"] == TRAINER]
     logged = [line for record in errors(logs[log]) for line in record["message"].splitlines()]
     reason = last_exception(printed) or last_exception(logged) or logged[0]
-    if reason.endswith("unreachable"):  # and the sites saw it first
-        return of_server
     if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", reason):  # of a site elsewhere
         site, reason = found[1], f"{found[2]}, of which its own log says more"
     return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
