@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_clients", type=int, default=2)
+    parser.add_argument("--n_clients", type=int, default=2)  # that share the data, see load_data
     add_data_flags(parser)
     return parser.parse_args()
 
@@ -59,7 +59,7 @@ def main():
         writer = SummaryWriter()  # (5) its points go to the server
 
         while flare.is_running():  # (6) until the job ends
-            global_model = flare.receive()  # (7) wait for the global model
+            global_model = flare.receive()  # (7) wait for the next task, and its model
             model.load_state_dict(global_model.params)  # (8) start from its weights
 
             current_round = global_model.current_round  # (9) from 0
@@ -68,10 +68,10 @@ def main():
             train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps)
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
 
-            local_model = flare.FLModel(  # (10) the new weights, what to report, and FedAvg's weight of this site
+            local_model = flare.FLModel(  # (10) the local model
                 params=model.state_dict(),
                 metrics={"train_loss": train_loss},
-                meta={"NUM_STEPS_CURRENT_ROUND": steps},
+                meta={"NUM_STEPS_CURRENT_ROUND": steps},  # NVFlare's name of FedAvg's weight
             )
             flare.send(local_model)  # (11) to the server
     finally:

@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_clients", type=int, default=2)
+    parser.add_argument("--n_clients", type=int, default=2)  # that share the data, see load_data
     add_data_flags(parser)
     return parser.parse_args()
 
@@ -86,7 +86,7 @@ def main():
         writer = SummaryWriter()  # (5) its points go to the server
 
         while flare.is_running():  # (6) until the job ends
-            global_model = flare.receive()  # (7) wait for the global model
+            global_model = flare.receive()  # (7) wait for the next task, and its model
             if flare.is_submit_model():  # (13) the server wants this site's best local model
                 best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
                 flare.send(flare.FLModel(params=best["model"]))  # (14)
@@ -111,10 +111,10 @@ def main():
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
             keep_best(model, evaluate(model, test_loader, device)[0])
 
-            local_model = flare.FLModel(  # (10) the new weights, what to report, and FedAvg's weight of this site
+            local_model = flare.FLModel(  # (10) the local model
                 params=model.state_dict(),
                 metrics={"train_loss": train_loss, **metrics},
-                meta={"NUM_STEPS_CURRENT_ROUND": steps},
+                meta={"NUM_STEPS_CURRENT_ROUND": steps},  # NVFlare's name of FedAvg's weight
             )
             flare.send(local_model)  # (11) to the server
     finally:

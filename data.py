@@ -1,6 +1,6 @@
 """What a site trains on. To use data of your own, replace what stands here.
 
-The clients call add_data_flags, load_data and make_loader. job.py calls the others, too, before any client starts.
+The clients call add_data_flags, load_data and make_loader; job.py also check_data_flags, prepare_data, class_counts.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError, in one line, if these flags of job.py's command line can't be right."""
+    """Raise ValueError, in one line, if these flags of job.py's command line can't be right; complete them."""
     for name, most in (("train_size", 50_000), ("test_size", 10_000)):
         if (size := vars(args)[name]) is not None and not 1 <= size <= most:
             raise ValueError(f"argument --{name}: {size} is not from 1 to {most}")
@@ -42,28 +42,29 @@ def check_data_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
 
 
-def prepare_data(args: argparse.Namespace) -> str:
+def prepare_data(args: argparse.Namespace) -> tuple[str, str]:
     """Get the images ready before any client wants them, and settle what "auto" means.
 
     Returns:
-        A warning, for the start of the run and for its summary; "" if the data is what was asked for.
+        What the sites train on, in words, and a warning: "" if it is what was asked for.
     """
-    if args.env == "prod" or args.export:  # the sites have the images, and none of them trains on others by accident
-        args.dataset = "cifar10" if args.dataset == "auto" else args.dataset
-    elif args.dataset != "synthetic":
+    warning = ""
+    if args.dataset == "auto" and (args.env == "prod" or args.export):
+        args.dataset = "cifar10"  # no real site trains on synthetic images by accident
+    elif args.dataset != "synthetic" and args.env != "prod" and not args.export:
         try:
             load_cifar10(data_folder(args, "site-1"))
+            args.dataset = "cifar10"
         except DataError as error:
             if args.dataset == "cifar10":
                 raise
-            args.dataset = "synthetic"
-            return f"training on SYNTHETIC images. {error}"
-        args.dataset = "cifar10"
-    return ""
+            args.dataset, warning = "synthetic", f"training on SYNTHETIC images. {error}"
+    split = {"same": "", "iid": " (iid split)", "dirichlet": f" (dirichlet split of alpha {args.alpha})"}
+    return args.dataset + split[args.split], warning
 
 
 def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
-    """Return the training and the test set of a site, each of samples (image, label).
+    """Return the training and the test set of a site, of samples (image, label). make_loader indexes them with lists.
 
     Images are uint8 (3, 32, 32) in [0, 255], labels int64 in [0, 9].
 
@@ -98,7 +99,7 @@ def data_folder(args: argparse.Namespace, site: str) -> Path:
 
 
 def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
-    """Deal images out in disjoint shards that hold them all, the same ones for the same seed.
+    """Deal images out and return their indices, int64: disjoint shards that hold all, the same for the same seed.
 
     Args:
         labels: int64 (N,), the class of each image.
@@ -106,9 +107,6 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
             (Yurochkin et al. 2019, arXiv:1905.12022): of each class, the shards take fractions drawn from
             Dir(alpha, ..., alpha). It draws again until each shard has 10 images, or N / num_shards of a small set.
         alpha: > 0; near 0 each class goes to one shard, and in the thousands all shards look alike.
-
-    Returns:
-        The indices of each shard's images, int64.
 
     Raises:
         DataError: there are fewer images than shards, or 1 000 draws left a shard with too few.

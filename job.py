@@ -26,7 +26,7 @@ KEY_METRIC = "accuracy"  # of what a client script reports: the server keeps the
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line, checked: on a mistake, exit with 2 and one line that says what is wrong."""
+    """Return the checked command line; `check` adds run_folder, evaluates, export and sites, which are no flags."""
     parser = OneLineParser(prog="job.py", allow_abbrev=False, description=__doc__, epilog=EXPORT_HELP)
     flag = parser.add_argument
     flag("--n_clients", type=int, default=2, metavar="N", help="clients site-1 ... site-N (default: %(default)s)")
@@ -60,7 +60,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=command_line(args, ["epochs", "batch_size", "lr", "seed", "n_clients"], add_data_flags),
-        # A client that dies in a process of its own ends the job; in NVFlare 2.9.0's own process it hangs it.
+        # Else NVFlare 2.9.0 runs the script in a process of its own, and if that is killed the job hangs for ever.
         launch_external_process=True,
         command=f"{python_of(args)} -u",
         key_metric=KEY_METRIC if args.evaluates else "",
@@ -75,7 +75,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
 
 
 def make_env(args: argparse.Namespace) -> ExecEnv:
-    """Choose where the recipe runs; each is NVFlare's environment of that name."""
+    """Choose where the recipe runs: NVFlare's environment of that name, with what support/environments.py adds."""
     if args.env == "prod":
         return ProdEnv(args.run_folder, args.n_clients, startup_kit_location=str(args.startup_kit))
     if args.env == "poc":
@@ -86,12 +86,11 @@ def make_env(args: argparse.Namespace) -> ExecEnv:
 def main() -> None:
     args = parse_args()
     with guarded(args):
-        warning = prepare_data(args)
-        data = show_data(args, warning, load_data, class_counts)
+        data = show_data(args, *prepare_data(args), load_data, class_counts)
         keep_earlier_results(args)
         recipe = make_recipe(args)
         env = make_env(args)
-        run = recipe.execute(env)  # or write the job folder, and end: --export
+        run = recipe.execute(env)  # given --export, NVFlare writes the job folder instead, and exits
         results = read_results(args, env.get_job_result(run.job_id), KEY_METRIC)
         sum_up(args, data, results)
 

@@ -10,7 +10,8 @@ class SimpleNetwork(nn.Module):
 
     Args:
         seed: seed of the initial weights. NVFlare ships a model as its class and its constructor
-            arguments and builds it again on the server, so the seed travels and the weights don't.
+            arguments, which it reads from the attributes of that name, and builds it again on the server:
+            so the seed of the initial weights travels to it, and they themselves don't.
     """
 
     def __init__(self, seed: int = 0):

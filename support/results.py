@@ -48,6 +48,7 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: str) -> dict
     return {
         "rounds": read_rounds(folder),
         "models": models,
+        "key_metric": key_metric,
         "best_model": best and {"name": best, key_metric: scores[best]},
         "diverged": not all(torch.as_tensor(weight).isfinite().all() for weight in final["model"].values()),
         "paths": {

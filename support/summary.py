@@ -14,19 +14,19 @@ from support.results import BEST_MODEL, FINAL_MODEL
 FORMATS = {"train_loss": "{:.4f}", "accuracy": "{:.2f} %"}  # of the metrics in the tables
 
 
-def show_data(args: argparse.Namespace, warning: str, load_data, class_counts) -> dict:
+def show_data(args: argparse.Namespace, name: str, warning: str, load_data, class_counts) -> dict:
     """Print what each site trains on, class by class, and return it. In a provisioned federation, only sites know it.
 
     Args:
-        warning: what the user must not overlook, or "".
+        name, warning: what prepare_data of data.py returns.
         load_data, class_counts: those of data.py.
     """
     if warning:
         print(f"\n{'!' * 100}\nWARNING: {warning}\n{'!' * 100}\n", file=sys.stderr)
-    data = {"dataset": args.dataset, "warning": warning, "sites": {}}
+    data = {"name": name, "warning": warning, "sites": {}}
     if args.export:
         return data
-    print(f"Training on {args.dataset}.", flush=True)
+    print(f"Training on {name}.", flush=True)
     if args.env == "prod":
         return data
     for site in args.sites:
@@ -72,7 +72,7 @@ def print_summary(summary: dict) -> None:
     sites = {site for row in (*summary["rounds"], *models.values()) for site in row} or settings["sites"]
     sites = sorted(sites, key=lambda site: (len(site), site))
     print(f"\nDone: {settings['num_rounds']} rounds on {len(sites)} sites.")
-    print(f"Data: {describe(summary['data'], settings)}.")
+    print(f"Data: {describe(summary['data'])}.")
     if summary["data"]["warning"]:
         print(f"      WARNING: {summary['data']['warning'].partition('. ')[0]}; the reason stands above.")
 
@@ -80,8 +80,8 @@ def print_summary(summary: dict) -> None:
     if FINAL_MODEL in models:
         rows["final"] = models[FINAL_MODEL]
     evaluated = any("accuracy" in metrics for by_site in rows.values() for metrics in by_site.values())
-    what = ", and accuracy of the global model at the start of the round" if evaluated else ""
-    print(f"\nMean training loss{what}:")
+    what = ", and accuracy of the global model before the round" if evaluated else ""
+    print(f"\nMean training loss in the round{what}:")
     print_table(sites, {name: {site: show(metrics) for site, metrics in row.items()} for name, row in rows.items()})
     if settings["cross_site_eval"]:
         print("\nAccuracy of each model (row) on each site's test images (column), * the best of the column:")
@@ -95,22 +95,21 @@ def print_summary(summary: dict) -> None:
     if summary["diverged"]:
         print("WARNING: the final model's weights are not finite numbers: training diverged. Try a smaller --lr.")
     if best := summary["best_model"]:
-        print(f"The best is {best['name']}: {best['accuracy']:.2f} % on average over the sites.")
+        metric = summary["key_metric"]
+        score = FORMATS.get(metric, metric + " {:.4f}").format(best[metric])
+        print(f"The best is {best['name']}: {score} on average over the sites.")
     print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
 
 
-def describe(data: dict, settings: dict) -> str:
+def describe(data: dict) -> str:
     """Return what the sites trained and tested on, in words."""
     if not data["sites"]:
-        return f"{data['dataset']}, each site's own"
-    split = f" ({settings['split']} split)" if settings["split"] != "same" else ""
-    if settings["alpha"]:
-        split = f" ({settings['split']} split of alpha {settings['alpha']:g})"
+        return f"{data['name']}, each site's own"
     sizes = []
     for part in ("train_size", "test_size"):
         least, most = (limit(site[part] for site in data["sites"].values()) for limit in (min, max))
         sizes.append(str(most) if least == most else f"{least} to {most}")
-    return f"{data['dataset']}{split}, {sizes[0]} training images a site, {sizes[1]} test images"
+    return f"{data['name']}, {sizes[0]} training images a site, {sizes[1]} test images"
 
 
 def mark_best(models: dict[str, dict]) -> dict[str, dict]:

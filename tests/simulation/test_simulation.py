@@ -117,7 +117,7 @@ def test_report_holds_what_the_summary_says(evaluated):
     assert report["settings"]["train_script"] == str(REPO / "client_with_eval.py")
     assert report["settings"]["num_rounds"] == 2 and report["settings"]["lr"] == 0.01
     data = report["data"]
-    assert data["dataset"] == "synthetic" and data["warning"] == "" and list(data["sites"]) == SITES
+    assert data["name"] == "synthetic" and data["warning"] == "" and list(data["sites"]) == SITES
     for site in data["sites"].values():
         assert (site["train_size"], site["test_size"]) == (64, 100) and sum(site["class_counts"].values()) == 64
     results = cross_site_results(evaluated)

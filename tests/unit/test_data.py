@@ -111,8 +111,9 @@ def test_eight_processes_download_once(online, cifar10_server, tmp_path):
 def prepared(dataset, folder, **flags):
     """Return what a dataset becomes, and the warning."""
     args = data_flags(dataset=dataset, data_root=str(folder), **flags)
-    warning = data.prepare_data(args)
-    return args.dataset, warning
+    name, warning = data.prepare_data(args)
+    assert name == args.dataset
+    return name, warning
 
 
 def test_auto_falls_back_to_synthetic_with_a_warning(no_network, tmp_path):
