@@ -22,7 +22,7 @@ SILENCE = 10  # seconds after which a server that says nothing is given up
 
 
 class DataError(OSError):
-    """The images can't be had. The message is one line: what is wrong and what to do."""
+    """The images can't be had, or not as asked for. The message is one line: what is wrong and what to do."""
 
 
 def load_cifar10(root: Path) -> tuple[TensorDataset, TensorDataset]:

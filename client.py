@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_clients", type=int, default=2)  # that share the data, see load_data
+    parser.add_argument("--n_clients", type=int, default=2)  # whom a --split deals the data out to
     add_data_flags(parser)
     return parser.parse_args()
 
@@ -58,14 +58,15 @@ def main():
         train_set, _ = load_data(args, site_name)
         writer = SummaryWriter()  # (5) its points go to the server
 
-        while flare.is_running():  # (6) until the job ends
-            global_model = flare.receive()  # (7) wait for the next task, and its model
+        while flare.is_running():  # (6) wait for the next task; False when the job has ended
+            global_model = flare.receive()  # (7) what came with it: the global model
             model.load_state_dict(global_model.params)  # (8) start from its weights
 
             current_round = global_model.current_round  # (9) from 0
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
-            steps = args.epochs * len(train_loader)
-            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps)
+            steps = args.epochs * len(train_loader)  # a batch is a step
+            first_step = current_round * steps
+            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, first_step)
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
 
             local_model = flare.FLModel(  # (10) the local model

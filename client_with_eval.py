@@ -1,4 +1,4 @@
-"""client.py plus evaluation: its FLARE lines keep their numbers, and those that evaluation adds go on from (13)."""
+"""client.py, line for line, plus evaluation, whose FLARE lines have the numbers from (13) on."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_clients", type=int, default=2)  # that share the data, see load_data
+    parser.add_argument("--n_clients", type=int, default=2)  # whom a --split deals the data out to
     add_data_flags(parser)
     return parser.parse_args()
 
@@ -85,8 +85,8 @@ def main():
         test_loader = make_loader(test_set, batch_size=1000)
         writer = SummaryWriter()  # (5) its points go to the server
 
-        while flare.is_running():  # (6) until the job ends
-            global_model = flare.receive()  # (7) wait for the next task, and its model
+        while flare.is_running():  # (6) wait for the next task; False when the job has ended
+            global_model = flare.receive()  # (7) what came with it: the global model
             if flare.is_submit_model():  # (13) the server wants this site's best local model
                 best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
                 flare.send(flare.FLModel(params=best["model"]))  # (14)
@@ -95,7 +95,6 @@ def main():
             model.load_state_dict(global_model.params)  # (8) start from its weights
             accuracy, loss = evaluate(model, test_loader, device)
             metrics = {"accuracy": accuracy, "loss": loss}
-
             if flare.is_evaluate():  # (15) the server wants the metrics of this model and nothing else
                 flare.send(flare.FLModel(metrics=metrics))  # (16)
                 continue
@@ -106,8 +105,9 @@ def main():
             print(f"{site_name}, round {current_round}: accuracy of the global model {accuracy:.2f} %")
 
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
-            steps = args.epochs * len(train_loader)
-            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps)
+            steps = args.epochs * len(train_loader)  # a batch is a step
+            first_step = current_round * steps
+            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, first_step)
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
             keep_best(model, evaluate(model, test_loader, device)[0])
 

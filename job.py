@@ -26,7 +26,7 @@ KEY_METRIC = "accuracy"  # of what a client script reports: the server keeps the
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the checked command line; `check` adds run_folder, evaluates, export and sites, which are no flags."""
+    """Return the checked command line; `check` adds run_folder, evaluates (does the script?), export, sites."""
     parser = OneLineParser(prog="job.py", allow_abbrev=False, description=__doc__, epilog=EXPORT_HELP)
     flag = parser.add_argument
     flag("--n_clients", type=int, default=2, metavar="N", help="clients site-1 ... site-N (default: %(default)s)")
@@ -55,12 +55,13 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
     recipe = FedAvgRecipe(
         name=args.run_folder.name,
         model=SimpleNetwork(args.seed),
-        initial_ckpt=args.initial_ckpt and os.path.relpath(args.initial_ckpt),  # relative: it goes into the job
+        initial_ckpt=args.initial_ckpt and os.path.relpath(args.initial_ckpt),  # NVFlare sends a relative path along
         min_clients=args.n_clients,
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=command_line(args, ["epochs", "batch_size", "lr", "seed", "n_clients"], add_data_flags),
-        # Else NVFlare 2.9.0 runs the script in a process of its own, and if that is killed the job hangs for ever.
+        # True gives each script a process for itself, and the job ends if that dies. With False the script runs within
+        # NVFlare's client process, and NVFlare 2.9.0 waits for ever if that is killed.
         launch_external_process=True,
         command=f"{python_of(args)} -u",
         key_metric=KEY_METRIC if args.evaluates else "",
@@ -86,7 +87,8 @@ def make_env(args: argparse.Namespace) -> ExecEnv:
 def main() -> None:
     args = parse_args()
     with guarded(args):
-        data = show_data(args, *prepare_data(args), load_data, class_counts)
+        name, warning = prepare_data(args)
+        data = show_data(args, name, warning, load_data, class_counts)
         keep_earlier_results(args)
         recipe = make_recipe(args)
         env = make_env(args)

@@ -10,7 +10,7 @@ class SimpleNetwork(nn.Module):
 
     Args:
         seed: seed of the initial weights. NVFlare ships a model as its class and its constructor
-            arguments, which it reads from the attributes of that name, and builds it again on the server:
+            arguments, which it reads from the attributes of their names, and builds it again on the server:
             so the seed of the initial weights travels to it, and they themselves don't.
     """
 
