@@ -47,7 +47,7 @@ def main() -> None:
 
     shared = [f"--{name}={getattr(args, name)}" for name in ("num_rounds", "dataset", "data_root", "seed")]
     shown = sorted({1, 2, args.num_rounds // 2, args.num_rounds})
-    print("| split | " + " | ".join(f"after {i} rounds" for i in shown) + " |", flush=True)
+    print("| split | " + " | ".join(f"after {i} round{'s' * (i > 1)}" for i in shown) + " |", flush=True)
     print("| --- |" + " ---: |" * len(shown))
     plt.figure(figsize=(7, 4), layout="constrained")
     for name, flags in SPLITS.items():
