@@ -16,9 +16,13 @@ class JobFailed(Exception):
 
 def killed_site(run_folder: Path) -> str | None:
     """Return the name of a simulated site whose process died: NVFlare logs that, and waits for it for ever."""
-    for record in errors(read_log(run_folder / "server" / "log.json")):
-        if record["name"] == "SimulatorClientRunner" and (found := re.search(r" client ([\w-]+)", record["message"])):
-            return found[1]
+    server = run_folder / "server"
+    with contextlib.suppress(OSError):
+        if (server / "error_log.txt").stat().st_size:  # else spare the longer log, since this is asked each second
+            for record in errors(read_log(server / "log.json")):
+                found = re.search(r" client ([\w-]+)", record["message"])
+                if found and record["name"] == "SimulatorClientRunner":
+                    return found[1]
     return None
 
 
@@ -31,7 +35,7 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     if server_log:
         of_server += f" (see {server_log.with_suffix('.txt')})"
     logs = {log: read_log(log) for place in LOGS for log in run_folder.glob(place)}
-    first_errors = {log: records[0]["asctime"] for log, all in logs.items() if (records := errors(all))}
+    first_errors = {log: found[0]["asctime"] for log, records in logs.items() if (found := errors(records))}
     if not first_errors or "return code -" in str(error):  # the server's process died
         return of_server
     log = min(first_errors, key=first_errors.get)

@@ -2,12 +2,13 @@
 
 import re
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from conftest import end_all, finish, run_job, start_job, wait_until
+from conftest import REPO, end_all, finish, run_job, start_job, wait_until
 from model import SimpleNetwork
 from reference import distance, fedavg
 from stages import ENDLESS, MODEL, SMALL, in_training, trainer
@@ -48,9 +49,11 @@ def test_next_runs_keep_results_and_checkpoints_but_nothing_of_a_run_without_any
 def test_second_run_in_a_workspace_is_refused_and_one_elsewhere_is_not(workspace):
     first = start_job(workspace, *SMALL, "--num_rounds", "2", "--epochs", "300")
     wait_until(lambda: in_training(workspace), first)
-    asked = time.monotonic()
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import job"], cwd=REPO, check=True)
+    imported = time.monotonic()
     refused = run_job(workspace, *SMALL)
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - imported < 2 * (imported - start) + 2  # so right after the imports, on a busy machine too
     assert refused.status == 1 and refused.output == ""
     assert refused.errors == (
         f"job.py: error: process {first.pid} (job.py) is at work in {workspace / 'hello-pt'}: "
