@@ -141,7 +141,8 @@ def start_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> su
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever runs the tests may ignore it
+        # What runs the tests may ignore these, as a shell's & does, and job.py would inherit that.
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
