@@ -49,9 +49,10 @@ def prepare_data(args: argparse.Namespace) -> tuple[str, str]:
         What the sites train on, in words, and a warning: "" if it is what was asked for.
     """
     warning = ""
-    if args.dataset == "auto" and (args.env == "prod" or args.export):
-        args.dataset = "cifar10"  # no real site trains on synthetic images by accident
-    elif args.dataset != "synthetic" and args.env != "prod" and not args.export:
+    if args.env == "prod" or args.export:
+        if args.dataset == "auto":
+            args.dataset = "cifar10"  # no real site trains on synthetic images by accident
+    elif args.dataset != "synthetic":
         try:
             load_cifar10(data_folder(args, "site-1"))
             args.dataset = "cifar10"

@@ -29,14 +29,13 @@ RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: t
 @contextlib.contextmanager
 def guarded(args: argparse.Namespace) -> Iterator[None]:
     """Guard a run, or an export, which needs less: what is expected to fail ends in one line, with status 1."""
+    expected = (OSError, RuntimeError) if args.export else OSError  # NVFlare raises the second one in an export
     try:
         with contextlib.nullcontext() if args.export else only_run(args.run_folder):
             yield
     except JobFailed as error:
         sys.exit(f"job.py: error: {reason_of_failure(args.run_folder, error)}")
-    except (OSError, RuntimeError) as error:  # of the workspace, the data, the federation; of NVFlare's export
-        if isinstance(error, RuntimeError) and not args.export:
-            raise
+    except expected as error:
         sys.exit("job.py: error: " + " ".join(str(error).split()))
 
 
