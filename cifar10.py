@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock  # comes with torch
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 DATA_ROOT = "/tmp/nvflare/data"
 BATCHES_FOLDER = "cifar-10-batches-py"  # torchvision's name for it
@@ -25,11 +25,33 @@ class DataError(OSError):
     """The images can't be had, or not as asked for. The message is one line: what is wrong and what to do."""
 
 
-def load_cifar10(root: Path) -> tuple[TensorDataset, TensorDataset]:
-    """Return CIFAR-10's training and test images; download and decode them first where they are missing.
+class Images(Dataset):
+    """Images in memory: a sample is an image, float32 (3, 32, 32) in [-1, 1], and its label, int64.
 
-    Images are uint8 (N, 3, 32, 32) in [0, 255], labels int64 (N,) in [0, 9]. They are decoded once, to a file that all
-    processes of a machine map into memory and share.
+    Takes images as uint8 (N, 3, 32, 32) and, under torchvision's names, `targets`, their labels, and the labels' `classes`.
+    They are scaled as torchvision's ToTensor and Normalize(0.5, 0.5) do.
+    """
+
+    def __init__(self, images: torch.Tensor, targets: torch.Tensor, classes: list[str]):
+        self.images, self.targets, self.classes = images, targets, classes
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[index].float().div_(127.5).sub_(1), self.targets[index]
+
+    __getitems__ = __getitem__  # DataLoader calls this with the indices of a batch: one look-up, not one an image
+
+    def first(self, count: int | None) -> "Images":
+        """Return the first images, or all."""
+        return Images(self.images[:count], self.targets[:count], self.classes)
+
+
+def load_cifar10(root: Path) -> tuple[Images, Images]:
+    """Return CIFAR-10's training and test images, downloaded and decoded first where they are missing.
+
+    They are decoded once, to a file that all processes of a machine map into memory and share.
 
     Raises:
         DataError: CIFAR-10 can't be downloaded, read or stored.
@@ -46,8 +68,10 @@ def load_cifar10(root: Path) -> tuple[TensorDataset, TensorDataset]:
         except DataError:
             raise
         except (OSError, RuntimeError) as error:
-            raise DataError(f"can't write to {root} ({error}): choose another --data_root") from error
-    return TensorDataset(*parts["train"]), TensorDataset(*parts["test"])
+            if not (root / BATCHES_FOLDER).is_dir():
+                raise DataError(f"can't write to {root} ({error}): choose another --data_root") from error
+            parts = download_and_decode(root)  # of a folder that is for reading alone, each process keeps a copy
+    return Images(*parts["train"], CLASSES), Images(*parts["test"], CLASSES)
 
 
 def map_decoded(root: Path) -> dict[str, list[torch.Tensor]] | None:
@@ -85,7 +109,7 @@ def download_and_decode(root: Path) -> dict[str, list[torch.Tensor]]:
 
 
 @functools.cache
-def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[TensorDataset, TensorDataset]:
+def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[Images, Images]:
     """Draw training and test images with CIFAR-10's shapes and ten classes: see load_cifar10, and draw_images."""
     generator = torch.Generator().manual_seed(seed)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), size=32, mode="bicubic")
@@ -93,7 +117,7 @@ def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[Tensor
     return draw_images(patterns, train_size, train_seed), draw_images(patterns, test_size, test_seed)
 
 
-def draw_images(patterns: torch.Tensor, count: int, seed: int) -> TensorDataset:
+def draw_images(patterns: torch.Tensor, count: int, seed: int) -> Images:
     """Draw synthetic images: each shows the pattern of its class, shifted, faint or strong, under noise.
 
     Args:
@@ -109,7 +133,7 @@ def draw_images(patterns: torch.Tensor, count: int, seed: int) -> TensorDataset:
         noise = 120 * torch.randn(3, 32, 32, generator=generator)
         pattern = patterns[labels[i]].roll(shift, dims=(1, 2))
         images[i] = (127.5 + contrast * pattern + noise).clamp(0, 255)
-    return TensorDataset(images, labels)
+    return Images(images, labels, [str(i) for i in range(10)])
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ from nvflare.client.tracking import SummaryWriter  # (2) in place of torch.utils
 from torch.nn import functional as F
 
 from data import add_data_flags, load_data, make_loader
-from model import SimpleNetwork
+from model import create_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train SimpleNetwork on one site; job.py sets the flags.")
+    parser = argparse.ArgumentParser(description="Train the model on one site; job.py sets the flags.")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
@@ -20,6 +20,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--n_clients", type=int, default=2)  # whom a --split deals the data out to
     add_data_flags(parser)
     return parser.parse_args()
+
+
+def load_weights(model, params):
+    """Load a global model; the mean of an integer buffer, such as BatchNorm's count of batches, is rounded."""
+    integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    model.load_state_dict({name: p.double().round() if name in integers else p for name, p in params.items()})
 
 
 def train(model, train_loader, epochs, lr, device, writer, first_step):
@@ -42,15 +48,15 @@ def train(model, train_loader, epochs, lr, device, writer, first_step):
             optimizer.step()
             losses.append(loss.detach())
             if len(losses) % log_interval == 0:
-                recent = torch.stack(losses[-log_interval:]).mean().item()
-                writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))
+                recent = torch.stack(losses[-log_interval:]).mean()
+                writer.add_scalar("train_loss", recent.item(), global_step=first_step + len(losses))
     return torch.stack(losses).mean().item()
 
 
 def main():
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SimpleNetwork().to(device)
+    model = create_model().to(device)
 
     flare.init()  # (3) join the federation
     try:
@@ -60,7 +66,7 @@ def main():
 
         while flare.is_running():  # (6) wait for the next task; False when the job has ended
             global_model = flare.receive()  # (7) what came with it: the global model
-            model.load_state_dict(global_model.params)  # (8) start from its weights
+            load_weights(model, global_model.params)  # (8) start from its weights
 
             current_round = global_model.current_round  # (9) from 0
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))

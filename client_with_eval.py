@@ -1,6 +1,7 @@
 """client.py, line for line, plus evaluation, whose FLARE lines have the numbers from (13) on."""
 
 import argparse
+import math
 from pathlib import Path
 
 import nvflare.client as flare  # (1) the Client API
@@ -9,13 +10,13 @@ from nvflare.client.tracking import SummaryWriter  # (2) in place of torch.utils
 from torch.nn import functional as F
 
 from data import add_data_flags, load_data, make_loader
-from model import SimpleNetwork
+from model import KEY_METRIC, create_model
 
 BEST_LOCAL_MODEL = Path("best_local_model.pt")  # in this site's folder of the job: a restarted client finds it
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train SimpleNetwork on one site; job.py sets the flags.")
+    parser = argparse.ArgumentParser(description="Train the model on one site; job.py sets the flags.")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
@@ -23,6 +24,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--n_clients", type=int, default=2)  # whom a --split deals the data out to
     add_data_flags(parser)
     return parser.parse_args()
+
+
+def load_weights(model, params):
+    """Load a global model; the mean of an integer buffer, such as BatchNorm's count of batches, is rounded."""
+    integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    model.load_state_dict({name: p.double().round() if name in integers else p for name, p in params.items()})
 
 
 def train(model, train_loader, epochs, lr, device, writer, first_step):
@@ -45,38 +52,38 @@ def train(model, train_loader, epochs, lr, device, writer, first_step):
             optimizer.step()
             losses.append(loss.detach())
             if len(losses) % log_interval == 0:
-                recent = torch.stack(losses[-log_interval:]).mean().item()
-                writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))
+                recent = torch.stack(losses[-log_interval:]).mean()
+                writer.add_scalar("train_loss", recent.item(), global_step=first_step + len(losses))
     return torch.stack(losses).mean().item()
 
 
 @torch.no_grad()
 def evaluate(model, test_loader, device):
-    """Return the accuracy in percent and the mean cross-entropy over all test images, two floats."""
-    loss, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    """Return metrics over all test images by name, floats: accuracy in percent; loss, the mean cross-entropy."""
     model.eval()
-    for images, labels in test_loader:
-        images, labels = images.to(device), labels.to(device)
-        logits = model(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(dim=1) == labels).sum()
-        count += len(labels)
-    return 100 * correct.item() / count, loss.item() / count
+    batches = [(model(images.to(device)).cpu(), labels) for images, labels in test_loader]
+    logits, labels = (torch.cat(parts) for parts in zip(*batches))
+    correct = (logits.argmax(dim=1) == labels).sum().item()
+    return {"accuracy": 100 * correct / len(labels), "loss": F.cross_entropy(logits, labels).item()}
 
 
-def keep_best(model, accuracy):
+def keep_best(model, metrics):
     """Save the local model if it is the best so far; a process that is ended in between leaves the one before."""
-    best = torch.load(BEST_LOCAL_MODEL, weights_only=True) if BEST_LOCAL_MODEL.exists() else {"accuracy": -1}
-    if accuracy > best["accuracy"]:
-        unfinished = BEST_LOCAL_MODEL.with_suffix(".unfinished")
-        torch.save({"accuracy": accuracy, "model": model.state_dict()}, unfinished)
-        unfinished.replace(BEST_LOCAL_MODEL)
+    name, mode = KEY_METRIC
+    score = math.nan if metrics[name] is None else metrics[name] if mode == "max" else -metrics[name]
+    if BEST_LOCAL_MODEL.exists():
+        best = torch.load(BEST_LOCAL_MODEL, weights_only=True)["score"]
+        if math.isnan(score) or score <= best:  # nothing compares with NaN: a best that is NaN gives way to any number
+            return
+    unfinished = BEST_LOCAL_MODEL.with_suffix(".unfinished")
+    torch.save({"score": score, "model": model.state_dict()}, unfinished)
+    unfinished.replace(BEST_LOCAL_MODEL)
 
 
 def main():
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SimpleNetwork().to(device)
+    model = create_model().to(device)
 
     flare.init()  # (3) join the federation
     try:
@@ -91,25 +98,24 @@ def main():
                 best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
                 flare.send(flare.FLModel(params=best["model"]))  # (14)
                 continue
-
-            model.load_state_dict(global_model.params)  # (8) start from its weights
-            accuracy, loss = evaluate(model, test_loader, device)
-            metrics = {"accuracy": accuracy, "loss": loss}
+            load_weights(model, global_model.params)  # (8) start from its weights
+            metrics = evaluate(model, test_loader, device)
             if flare.is_evaluate():  # (15) the server wants the metrics of this model and nothing else
                 flare.send(flare.FLModel(metrics=metrics))  # (16)
                 continue
 
             current_round = global_model.current_round  # (9) from 0
             for name, value in metrics.items():
-                writer.add_scalar(name, value, global_step=current_round)
-            print(f"{site_name}, round {current_round}: accuracy of the global model {accuracy:.2f} %")
+                if value is not None:
+                    writer.add_scalar(name, value, global_step=current_round)
+            print(f"{site_name}, round {current_round}: {KEY_METRIC[0]} of the global model {metrics[KEY_METRIC[0]]}")
 
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)  # a batch is a step
             first_step = current_round * steps
             train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, first_step)
             print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
-            keep_best(model, evaluate(model, test_loader, device)[0])
+            keep_best(model, evaluate(model, test_loader, device))
 
             local_model = flare.FLModel(  # (10) the local model
                 params=model.state_dict(),

@@ -1,6 +1,6 @@
 """What a site trains on. To use data of your own, replace what stands here.
 
-The clients call add_data_flags, load_data and make_loader; job.py also check_data_flags, prepare_data, class_counts.
+The clients call add_data_flags, load_data and make_loader; job.py also check_data_flags and prepare_data.
 """
 
 import argparse
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from cifar10 import CLASSES, DATA_ROOT, DataError, load_cifar10, synthetic_images
+from cifar10 import DATA_ROOT, DataError, load_cifar10, synthetic_images
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what a site trains on: job.py takes them and hands them on to the client script."""
     flag = parser.add_argument
     flag("--dataset", choices=["auto", "cifar10", "synthetic"], default="auto", help="auto: cifar10 if to be had")
-    flag("--data_root", default=DATA_ROOT, metavar="DIR", help="the folder of CIFAR-10 (default: %(default)s)")
+    flag("--data_root", default=DATA_ROOT, metavar="DIR", help="CIFAR-10's folder, on {site} (default: %(default)s)")
     flag("--train_size", type=int, metavar="N", help="use only so many training images (default: all)")
     flag("--test_size", type=int, metavar="N", help="use only so many test images (default: all)")
     flag("--split", choices=["same", "iid", "dirichlet"], default="same", help="a site's share (default: same, all)")
@@ -54,7 +54,8 @@ def prepare_data(args: argparse.Namespace) -> tuple[str, str]:
             args.dataset = "cifar10"  # no real site trains on synthetic images by accident
     elif args.dataset != "synthetic":
         try:
-            load_cifar10(data_folder(args, "site-1"))
+            for site in args.sites:
+                load_cifar10(data_folder(args, site))
             args.dataset = "cifar10"
         except DataError as error:
             if args.dataset == "cifar10":
@@ -65,9 +66,9 @@ def prepare_data(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
-    """Return the training and the test set of a site, of samples (image, label). make_loader indexes them with lists.
+    """Return the training and the test set of a site: see cifar10.Images for a sample.
 
-    Images are uint8 (3, 32, 32) in [0, 255], labels int64 in [0, 9].
+    Data of your own may be any map-style Dataset. job.py's table counts the classes where the labels are class numbers.
 
     Args:
         args: the flags of add_data_flags, with `seed` and `n_clients`.
@@ -80,20 +81,19 @@ def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
         train_set, test_set = synthetic_images(args.train_size or 5_000, args.test_size or 1_000, args.seed)
     else:
         train_set, test_set = load_cifar10(data_folder(args, site))
-        train_set = TensorDataset(*train_set[: args.train_size])
-        test_set = TensorDataset(*test_set[: args.test_size])
+        train_set, test_set = train_set.first(args.train_size), test_set.first(args.test_size)
     if args.split != "same":
         number = re.fullmatch(r"site-(\d+)", site)
         if not number or not 1 <= int(number[1]) <= args.n_clients:
             raise DataError(f"--split deals the images out to site-1 ... site-{args.n_clients}, not to {site}")
-        shards = partition(train_set.tensors[1].numpy(), args.n_clients, args.split, args.alpha, args.seed)
+        shards = partition(train_set.targets.numpy(), args.n_clients, args.split, args.alpha, args.seed)
         train_set = Subset(train_set, shards[int(number[1]) - 1].tolist())
     return train_set, test_set
 
 
 def data_folder(args: argparse.Namespace, site: str) -> Path:
-    """Return --data_root as it is on a site: with the site's ~ and $VARIABLES."""
-    folder = os.path.expandvars(args.data_root)
+    """Return --data_root as it is on a site: with its name for {site}, and its ~ and $VARIABLES."""
+    folder = os.path.expandvars(args.data_root.replace("{site}", site))
     if "$" in folder:
         raise DataError(f"a variable in --data_root {args.data_root!r} is not set on {site}: set it at its start")
     return Path(folder).expanduser()
@@ -133,27 +133,14 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = No
     """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
 
     Args:
-        shuffle_by: what decides the order, such as (seed, site, round); the same values give the same order again.
-            None keeps the order of the dataset.
+        shuffle_by: what decides the order, such as (seed, site, round). It seeds torch, whose generator dropout and
+            augmentation draw from, too: the same values give the same training again. None keeps the data set's order.
     """
     if shuffle_by:
-        seed = zlib.crc32(" ".join(map(str, shuffle_by)).encode())
-        sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-    else:
-        sampler = SequentialSampler(dataset)
-    # Given whole batches of indices, the loader indexes the tensors once a batch, not once an image.
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    return DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=scale)
+        torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))
+    return DataLoader(dataset, batch_size, shuffle=shuffle_by is not None, collate_fn=collate)
 
 
-def scale(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale the images from [0, 255] to [-1, 1], as torchvision's Normalize(0.5, 0.5) does after ToTensor."""
-    images, labels = batch
-    return images.float().div_(127.5).sub_(1), labels
-
-
-def class_counts(args: argparse.Namespace, train_set: Dataset) -> dict[str, int]:
-    """Return how many images of each class a site trains on, for the table at the start."""
-    labels = train_set.dataset.tensors[1][train_set.indices] if isinstance(train_set, Subset) else train_set.tensors[1]
-    names = CLASSES if args.dataset == "cifar10" else map(str, range(10))
-    return dict(zip(names, labels.bincount(minlength=10).tolist()))
+def collate(samples: list | tuple) -> list | tuple:
+    """Make a batch of samples; cifar10.Images gives a batch already."""
+    return samples if isinstance(samples, tuple) else default_collate(samples)

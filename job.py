@@ -9,8 +9,8 @@ from nvflare.recipe import add_experiment_tracking
 from nvflare.recipe.spec import ExecEnv
 from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_evaluation
 
-from data import add_data_flags, check_data_flags, class_counts, load_data, prepare_data
-from model import SimpleNetwork
+from data import add_data_flags, check_data_flags, load_data, prepare_data
+from model import KEY_METRIC, create_model
 from support.arguments import OneLineParser, check, command_line
 from support.environments import PocEnv, ProdEnv, SimEnv, python_of, send_along
 from support.results import read_results
@@ -22,7 +22,6 @@ WORKSPACE = "/tmp/nvflare/simulation"  # NVFlare's own default
 EXPORT_HELP = (
     "NVFlare's own flags: --export, or --export --export-dir DIR, writes the job folder instead of running it."
 )
-KEY_METRIC = "accuracy"  # of what a client script reports: the server keeps the best global model by it
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num_rounds", type=int, default=2, metavar="N", help="federated rounds (default: %(default)s)")
     flag("--num_threads", type=int, metavar="N", help="clients that train at the same time (default: all)")
     flag("--train_script", default=HERE / "client.py", metavar="F", help="client script (default: client.py)")
+    flag("--train_args", default="", metavar="STRING", help='more flags for it: --train_args="--dropout 0.2"')
     flag("--cross_site_eval", action="store_true", help="in the end, every site's model on every site's data")
     flag("--epochs", type=int, default=2, metavar="N", help="local epochs a round (default: %(default)s)")
     flag("--batch_size", type=int, default=16, metavar="N", help="images a step (default: %(default)s)")
@@ -46,15 +46,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--workspace", default=WORKSPACE, metavar="DIR", help="where the results are kept (default: %(default)s)")
     flag("--json", metavar="FILE", help="write all that the summary says as a JSON document, too")
     args = parser.parse_args(argv)
-    check(args, parser, check_data_flags, SimpleNetwork())
+    check(args, parser, check_data_flags, create_model)
     return args
 
 
 def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
-    """FedAvg (McMahan et al. 2017, arXiv:1602.05629) of SimpleNetwork with the client script on every site."""
+    """FedAvg (McMahan et al. 2017, arXiv:1602.05629) of the model with the client script on every site."""
+    key_metric, mode = KEY_METRIC
     recipe = FedAvgRecipe(
         name=args.run_folder.name,
-        model=SimpleNetwork(args.seed),
+        model={"class_path": "model.create_model", "args": {"seed": args.seed}},  # the server calls it
         initial_ckpt=args.initial_ckpt and os.path.relpath(args.initial_ckpt),  # NVFlare sends a relative path along
         min_clients=args.n_clients,
         num_rounds=args.num_rounds,
@@ -64,7 +65,8 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         # NVFlare's client process, and NVFlare 2.9.0 waits for ever if that is killed.
         launch_external_process=True,
         command=f"{python_of(args)} -u",
-        key_metric=KEY_METRIC if args.evaluates else "",
+        key_metric=key_metric if args.evaluates else "",
+        key_metric_mode=mode,
     )
     send_along(recipe, args.train_script)
     add_experiment_tracking(recipe, "tensorboard")
@@ -88,7 +90,7 @@ def main() -> None:
     args = parse_args()
     with guarded(args):
         name, warning = prepare_data(args)
-        data = show_data(args, name, warning, load_data, class_counts)
+        data = show_data(args, name, warning, load_data)
         keep_earlier_results(args)
         recipe = make_recipe(args)
         env = make_env(args)

@@ -1,30 +1,23 @@
-"""The network that the federation learns."""
+"""What is learned: the network, and the metric that its best state is chosen by."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+KEY_METRIC = ("accuracy", "max")  # one of those that client_with_eval.py reports; "min": the smaller, the better
+
 
 class SimpleNetwork(nn.Module):
-    """A small convolutional network for CIFAR-10, 62 006 parameters.
+    """A small convolutional network for CIFAR-10, 62 006 parameters."""
 
-    Args:
-        seed: seed of the initial weights. NVFlare ships a model as its class and its constructor
-            arguments, which it reads from the attributes of their names, and builds it again on the server:
-            so the seed of the initial weights travels to it, and they themselves don't.
-    """
-
-    def __init__(self, seed: int = 0):
+    def __init__(self):
         super().__init__()
-        self.seed = seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.conv1 = nn.Conv2d(3, 6, 5)
-            self.pool = nn.MaxPool2d(2, 2)
-            self.conv2 = nn.Conv2d(6, 16, 5)
-            self.fc1 = nn.Linear(16 * 5 * 5, 120)
-            self.fc2 = nn.Linear(120, 84)
-            self.fc3 = nn.Linear(84, 10)
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, 10) of images (N, 3, 32, 32), float32 in [-1, 1]."""
@@ -34,3 +27,13 @@ class SimpleNetwork(nn.Module):
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         return self.fc3(x)
+
+
+def create_model(seed: int = 0) -> nn.Module:
+    """Return the network that the federation learns; its initial weights come from the seed.
+
+    A job holds no model, only this function's name: the server calls it for the first global model, with job.py's seed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SimpleNetwork()

@@ -35,13 +35,13 @@ from argparse import Namespace
 import torch
 from torch.nn import functional as F
 from data import load_data, make_loader
-from model import SimpleNetwork
+from model import create_model
 
 dataset, data_root, epochs, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 sizes = {"train_size": None, "test_size": None}
 train_set, _ = load_data(Namespace(dataset=dataset, data_root=data_root, split="same", seed=0, **sizes), "site-1")
 train_loader = make_loader(train_set, 16, shuffle_by=(seed,))
-model = SimpleNetwork()
+model = create_model()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 for _ in range(epochs):
     for images, labels in train_loader:

@@ -32,19 +32,27 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def command_line(args: argparse.Namespace, names: list[str], add_flags: Callable) -> str:
-    """Return the flags of these names, and those that a function adds to a parser, with their values in args."""
-    parser = argparse.ArgumentParser()
+    """Return a client script's: the flags of these names, those that a function adds to a parser, and --train_args."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
     add_flags(parser)
-    flags = {name: vars(args)[name] for name in (*names, *vars(parser.parse_args([])))}
-    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    words = []
+    for action in parser._actions:  # argparse has no public list of them
+        value = vars(args)[action.dest]
+        if action.nargs == 0 and value != action.default:  # as with store_true
+            words.append(action.option_strings[0 if value else -1])
+        elif action.nargs != 0 and value is not None:
+            words += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+    return f"{shlex.join(words)} {args.train_args}"
 
 
-def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Callable, model: nn.Module) -> None:
+def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Callable, create_model: Callable) -> None:
     """Check and complete job.py's arguments; on a mistake exit with 2 and one line that says what is wrong.
 
     Args:
         check_data_flags: data.py's.
-        model: what --initial_ckpt should hold weights of.
+        create_model: model.py's, for what --initial_ckpt should hold weights of.
     """
     # NVFlare 2.9.0 takes these two flags out of sys.argv when it is imported, and obeys them in recipe.execute.
     args.export = "--export" in sys.orig_argv
@@ -52,7 +60,8 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
         for name, (low, high) in RANGES.items():
             if (value := vars(args)[name]) is not None and not low <= value <= high:  # so that nan fails, too
                 raise ValueError(f"argument --{name}: {value} is not from {low} to {high}")
-        find_places(args, model)
+        args.sites = [f"site-{i + 1}" for i in range(args.n_clients)]
+        find_places(args, create_model)
         for mistaken, message in mistakes(args):
             if mistaken:
                 raise ValueError(message)
@@ -60,7 +69,6 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
     except ValueError as error:
         parser.error(str(error))
     args.num_threads = args.num_threads or args.n_clients
-    args.sites = [f"site-{i + 1}" for i in range(args.n_clients)]
 
 
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
@@ -98,16 +106,17 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     ]
 
 
-def find_places(args: argparse.Namespace, model: nn.Module) -> None:
+def find_places(args: argparse.Namespace, create_model: Callable) -> None:
     """Check the files and folders one by one, and make their paths absolute."""
     kinds = {
         "train_script": client_script,
-        "initial_ckpt": lambda text: checkpoint(text, model),
+        "train_args": shell_words,
+        "initial_ckpt": lambda text: checkpoint(text, create_model()),
         "workspace": workspace_folder,
         "json": json_file,
     }
     if args.env != "prod" and not args.export:  # where it is on the sites
-        kinds["data_root"] = data_folder
+        kinds["data_root"] = lambda text: data_folder(text, args.sites)
     for name, kind in kinds.items():
         if (text := getattr(args, name, None)) is not None:
             try:
@@ -141,6 +150,12 @@ def client_script(text: str) -> tuple[Path, bool]:
     return script, any(call.split(".")[-1] == "is_evaluate" for call in calls)
 
 
+def shell_words(text: str) -> str:
+    """Check that NVFlare, which splits flags as a shell does, can split these."""
+    shlex.split(text)
+    return text
+
+
 def checkpoint(text: str, model: nn.Module) -> Path:
     """Check that a file holds finite weights of a model; no code in it is run."""
     file = Path(os.path.realpath(text))
@@ -150,14 +165,12 @@ def checkpoint(text: str, model: nn.Module) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             weights = torch.load(file, map_location="cpu", weights_only=True)
-            weights = weights.get("model", weights)
-            model.load_state_dict(weights)
-            finite = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values())
+            model.load_state_dict(weights.get("model", weights))  # and so, with the model's types
     except Exception as error:  # whatever a file may raise that isn't a checkpoint
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{text!r} holds no weights of {type(model).__name__}: {reason}") from error
-    if not finite:
-        raise ValueError(f"{text!r} holds weights that are not finite floating-point numbers")
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ValueError(f"{text!r} holds weights that are not finite, as numbers of {type(model).__name__}")
     return file
 
 
@@ -177,11 +190,14 @@ def usable_folder(text: str, rights: int = os.W_OK | os.X_OK) -> Path:
     return folder
 
 
-def data_folder(text: str) -> str:
+def data_folder(text: str, sites: list[str]) -> str:
+    """Check the data folder of each site, whose name stands for {site} in it."""
     folder = os.path.expandvars(text)
     if "$" in folder:
         raise ValueError(f"a variable in {text!r} is not set")
-    return str(usable_folder(folder, rights=os.X_OK))  # data that is there needs no writing
+    for site in sites:
+        usable_folder(folder.replace("{site}", site), rights=os.X_OK)  # data that is there needs no writing
+    return str(Path(folder).expanduser().resolve())
 
 
 def workspace_folder(text: str) -> Path:

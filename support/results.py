@@ -12,14 +12,19 @@ import torch
 from support.failure import JobFailed
 
 FINAL_MODEL, BEST_MODEL = "FL_global_model.pt", "best_FL_global_model.pt"  # NVFlare's names
+BETTER = {"max": max, "min": min}
 
 
-def read_results(args: argparse.Namespace, folder: str, key_metric: str) -> dict:
+def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, str]) -> dict:
     """Read what a job left in a folder, in which app_server, tb_events and so on are.
+
+    Args:
+        key_metric: the name of the metric that the best model is chosen by, and "max" or "min".
 
     Returns:
         rounds: of each round, the metrics that the sites reported: {site: {name: value}}.
         models: the same of each model that was evaluated at the end, by its name.
+        key_metric: {"name": ..., "mode": ...}, as given.
         best_model: the better one of the global models, by the mean of key_metric over the sites; None if unknown.
         diverged: whether the final model holds numbers that are not finite.
         paths: of the global models' files, of TensorBoard's, and of all.
@@ -39,17 +44,18 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: str) -> dict
         for model in [FINAL_MODEL, *(sites if args.cross_site_eval else [])]:
             if (count := len(models.get(model, {}))) < args.n_clients:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.n_clients} sites")
-    scores = {
-        name: statistics.mean(metrics[key_metric] for metrics in models[name].values())
-        for name in (FINAL_MODEL, BEST_MODEL)
-        if name in models and all(math.isfinite(m.get(key_metric, math.nan)) for m in models[name].values())
-    }
-    best = max(scores, key=scores.get, default=None)
+    name, mode = key_metric
+    scores = {}
+    for model in (FINAL_MODEL, BEST_MODEL):
+        values = [metrics.get(name, math.nan) for metrics in models.get(model, {}).values()]
+        if values and all(map(math.isfinite, values)):
+            scores[model] = statistics.mean(values)
+    best = BETTER[mode](scores, key=scores.get, default=None)
     return {
         "rounds": read_rounds(folder),
         "models": models,
-        "key_metric": key_metric,
-        "best_model": best and {"name": best, key_metric: scores[best]},
+        "key_metric": {"name": name, "mode": mode},
+        "best_model": best and {"name": best, name: scores[best]},
         "diverged": not all(torch.as_tensor(weight).isfinite().all() for weight in final["model"].values()),
         "paths": {
             "models": [str(file) for file in files if file.exists()],

@@ -2,24 +2,30 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 
-from support.results import BEST_MODEL, FINAL_MODEL
+from support.results import BEST_MODEL, BETTER, FINAL_MODEL
 
-FORMATS = {"train_loss": "{:.4f}", "accuracy": "{:.2f} %"}  # of the metrics in the tables
+COLUMNS = 12  # of a table, side by side
+MOST_CLASSES = 10_000  # larger numbers are no classes
 
 
-def show_data(args: argparse.Namespace, name: str, warning: str, load_data, class_counts) -> dict:
-    """Print what each site trains on, class by class, and return it. In a provisioned federation, only sites know it.
+def show_data(args: argparse.Namespace, name: str, warning: str, load_data: Callable) -> dict:
+    """Print what each site has, class by class, and return it. In a provisioned federation, only the sites know it.
 
     Args:
         name, warning: what prepare_data of data.py returns.
-        load_data, class_counts: those of data.py.
+        load_data: that of data.py.
     """
     if warning:
         print(f"\n{'!' * 100}\nWARNING: {warning}\n{'!' * 100}\n", file=sys.stderr)
@@ -32,62 +38,109 @@ def show_data(args: argparse.Namespace, name: str, warning: str, load_data, clas
     for site in args.sites:
         train_set, test_set = load_data(args, site)
         sizes = {"train_size": len(train_set), "test_size": len(test_set)}
-        data["sites"][site] = {**sizes, "class_counts": class_counts(args, train_set)}
-    rows = {site: described["class_counts"] for site, described in data["sites"].items()}
+        data["sites"][site] = {**sizes, "class_counts": class_counts(train_set)}
+    rows = {
+        site: {"test": described["test_size"], "training": described["train_size"], **fold(described["class_counts"])}
+        for site, described in data["sites"].items()
+    }
     if all(row == rows["site-1"] for row in rows.values()):
         rows = {"each site": rows["site-1"]}
-    print(f"\n{'Training images':<17}{'all':>7}" + "".join(f"{name:>7}" for name in next(iter(rows.values()))))
-    for site, counts in rows.items():
-        print(f"  {site:<15}" + "".join(f"{count:>7}" for count in (sum(counts.values()), *counts.values())))
+    print()
+    print_table("Samples", rows)
     print(flush=True)
     return data
 
 
+def class_counts(dataset: Dataset) -> dict[str, int]:
+    """Count a data set's samples of each class; return {} if the labels are no class numbers.
+
+    Labels and their names are the data set's `targets` and `classes`, as torchvision calls them. Without `targets`,
+    each sample is read for its label.
+    """
+    indices = range(len(dataset))
+    while isinstance(dataset, Subset):
+        indices = [dataset.indices[i] for i in indices]
+        dataset = dataset.dataset
+    try:
+        if hasattr(dataset, "targets"):
+            labels = torch.as_tensor(dataset.targets)[list(indices)]
+        else:
+            labels = torch.as_tensor([dataset[i][1] for i in indices])
+        names = getattr(dataset, "classes", [])
+        counts = labels.bincount(minlength=len(names)).tolist() if labels.max() < MOST_CLASSES else []
+    except Exception:  # a user's samples may raise anything; where that is a mistake, the clients say which
+        return {}
+    return {str(names[i]) if i < len(names) else str(i): count for i, count in enumerate(counts)}
+
+
+def fold(counts: dict[str, int]) -> dict[str, int]:
+    """Return as many counts as a table has room for, the last of them for all other classes."""
+    names = list(counts)
+    if len(names) <= COLUMNS - 2:
+        return counts
+    shown = names[: COLUMNS - 3]
+    return {name: counts[name] for name in shown} | {"others": sum(counts[name] for name in names[len(shown) :])}
+
+
 def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
-    """Print a run's summary, add the final model to TensorBoard, and write --json: see show_data and read_results."""
-    models, tb_events = results["models"], results["paths"]["tensorboard"]
-    for site, metrics in models.get(FINAL_MODEL, {}).items():
-        # NVFlare 2.9.0 tells no client which model it validates, so no client can add this point.
-        with SummaryWriter(os.path.join(tb_events, site)) as writer:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, global_step=args.num_rounds)
+    """Print a run's summary, complete TensorBoard's points, and write --json: see show_data and read_results."""
+    complete_tensorboard(results, args.num_rounds)
     report = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "data": data,
         **results,
-        "tensorboard_command": f"tensorboard --logdir {shlex.quote(tb_events)}",
+        "tensorboard_command": f"tensorboard --logdir {shlex.quote(results['paths']['tensorboard'])}",
     }
-    report = json.loads(json.dumps(report), parse_constant=lambda constant: None)  # NaN and infinity become None
     print_summary(report)
     if args.json:
+        report = json.loads(json.dumps(report), parse_constant=lambda constant: None)  # NaN and infinity become None
         args.json.parent.mkdir(parents=True, exist_ok=True)
         unfinished = args.json.with_name(f"{os.getpid()}.unfinished")  # so that nobody ever sees a part of it
         unfinished.write_text(json.dumps(report, indent=2) + "\n")
         unfinished.replace(args.json)
 
 
+def complete_tensorboard(results: dict, num_rounds: int) -> None:
+    """Add the points of the final model, and those of metrics for which the script wrote none itself.
+
+    NVFlare 2.9.0 tells no client which model it validates, so no client can add the final model's.
+    """
+    final = results["models"].get(FINAL_MODEL, {})
+    for site in {site for row in (*results["rounds"], final) for site in row}:
+        folder = os.path.join(results["paths"]["tensorboard"], site)
+        events = EventAccumulator(folder)
+        written = set(events.Reload().Tags()["scalars"]) if os.path.isdir(folder) else set()
+        with SummaryWriter(folder) as writer:
+            for i, row in enumerate(results["rounds"]):
+                for name, value in row.get(site, {}).items():
+                    if name not in written:
+                        writer.add_scalar(name, value, global_step=i)
+            for name, value in final.get(site, {}).items():
+                writer.add_scalar(name, value, global_step=num_rounds)
+
+
 def print_summary(summary: dict) -> None:
     """Print the data, the metrics of all rounds and sites, and where the models and the curves are."""
     settings, models = summary["settings"], summary["models"]
-    sites = {site for row in (*summary["rounds"], *models.values()) for site in row} or settings["sites"]
+    rows = {f"round {i}": metrics for i, metrics in enumerate(summary["rounds"])}
+    if FINAL_MODEL in models:
+        rows["final"] = models[FINAL_MODEL]
+    sites = {site for row in (*rows.values(), *models.values()) for site in row} or settings["sites"]
     sites = sorted(sites, key=lambda site: (len(site), site))
     print(f"\nDone: {settings['num_rounds']} rounds on {len(sites)} sites.")
     print(f"Data: {describe(summary['data'])}.")
     if summary["data"]["warning"]:
         print(f"      WARNING: {summary['data']['warning'].partition('. ')[0]}; the reason stands above.")
 
-    rows = {f"round {i}": metrics for i, metrics in enumerate(summary["rounds"])}
-    if FINAL_MODEL in models:
-        rows["final"] = models[FINAL_MODEL]
-    evaluated = any("accuracy" in metrics for by_site in rows.values() for metrics in by_site.values())
-    what = ", and accuracy of the global model before the round" if evaluated else ""
-    print(f"\nMean training loss in the round{what}:")
-    print_table(sites, {name: {site: show(metrics) for site, metrics in row.items()} for name, row in rows.items()})
+    evaluated = " (they evaluate the global model before they train it)" if settings["evaluates"] else ""
+    print(f"\nWhat the sites reported in each round{evaluated}:")
+    for metric in dict.fromkeys(name for row in rows.values() for metrics in row.values() for name in metrics):
+        print_table(metric, table(rows, sites, metric))
+    name, mode = summary["key_metric"]["name"], summary["key_metric"]["mode"]
     if settings["cross_site_eval"]:
-        print("\nAccuracy of each model (row) on each site's test images (column), * the best of the column:")
-        print_table(
-            sites, mark_best({name: models[name] for name in (FINAL_MODEL, BEST_MODEL, *sites) if name in models})
-        )
+        print("\nEach model (row) on each site's test data (column), * the best of the column:")
+        rows = {model: models[model] for model in (FINAL_MODEL, BEST_MODEL, *sites) if model in models}
+        print_table(name, mark_best(table(rows, sites, name), BETTER[mode]))
 
     print("\nGlobal models:")
     for file in summary["paths"]["models"]:
@@ -95,10 +148,10 @@ def print_summary(summary: dict) -> None:
     if summary["diverged"]:
         print("WARNING: the final model's weights are not finite numbers: training diverged. Try a smaller --lr.")
     if best := summary["best_model"]:
-        metric = summary["key_metric"]
-        score = FORMATS.get(metric, metric + " {:.4f}").format(best[metric])
-        print(f"The best is {best['name']}: {score} on average over the sites.")
+        print(f"The best is {best['name']}: {name} {show(best[name])} on average over the sites.")
     print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
+    if not settings["evaluates"]:
+        print("\nHow good is the model?\n  python job.py --train_script client_with_eval.py")
 
 
 def describe(data: dict) -> str:
@@ -109,29 +162,43 @@ def describe(data: dict) -> str:
     for part in ("train_size", "test_size"):
         least, most = (limit(site[part] for site in data["sites"].values()) for limit in (min, max))
         sizes.append(str(most) if least == most else f"{least} to {most}")
-    return f"{data['name']}, {sizes[0]} training images a site, {sizes[1]} test images"
+    return f"{data['name']}, {sizes[0]} training samples a site, {sizes[1]} test samples"
 
 
-def mark_best(models: dict[str, dict]) -> dict[str, dict]:
-    """Return each model's accuracy on each site as text, with a star at the best models of a site."""
+def table(rows: dict[str, dict], sites: list[str], metric: str) -> dict[str, dict]:
+    """Return a metric of each row and site; rows and sites without it are left out."""
+    found = {}
+    for name, row in rows.items():
+        if values := {site: row[site][metric] for site in sites if metric in row.get(site, {})}:
+            found[name] = values
+    return found
+
+
+def mark_best(rows: dict[str, dict], best_of: Callable) -> dict[str, dict]:
+    """Return numbers as text, with a star at the best of each column, for which best_of is max or min."""
     best = {}
-    for row in models.values():
-        for site, metrics in row.items():
-            best[site] = max(best.get(site, 0), metrics.get("accuracy") or 0)
+    for row in rows.values():
+        for site, value in row.items():
+            if math.isfinite(value):
+                best[site] = best_of(best.get(site, value), value)
     return {
-        model: {site: show(m) + ("*" if m.get("accuracy") == best[site] else " ") for site, m in row.items()}
-        for model, row in models.items()
+        name: {site: show(value) + ("*" if value == best.get(site) else " ") for site, value in row.items()}
+        for name, row in rows.items()
     }
 
 
-def show(metrics: dict) -> str:
-    return "  ".join(form.format(metrics[name]) for name, form in FORMATS.items() if metrics.get(name) is not None)
+def show(cell: float | str) -> str:
+    return f"{cell:#.4g}" if isinstance(cell, float) else str(cell)
 
 
-def print_table(sites: list[str], rows: dict[str, dict]) -> None:
-    """Print the text of each row and site, six sites side by side."""
-    for first in range(0, len(sites), 6):
-        block = sites[first : first + 6]
-        print(" " * 25 + "".join(f"{site:>19}" for site in block))
-        for name, row in rows.items():
-            print(f"  {name:<23}" + "".join(f"{row.get(site) or '-':>19}" for site in block))
+def print_table(title: str, rows: dict[str, dict]) -> None:
+    """Print numbers or texts in rows and columns, twelve columns side by side."""
+    texts = {name: {column: show(cell) for column, cell in row.items()} for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in texts.values() for column in row))
+    indent = max(12, *(len(name) + 4 for name in (title, *texts)))
+    width = max(7, *(len(text) for row in texts.values() for cell in row.items() for text in cell)) + 2
+    for first in range(0, len(columns), COLUMNS):
+        block = columns[first : first + COLUMNS]
+        print(f"  {title:<{indent}}" + "".join(f"{column:>{width}}" for column in block))
+        for name, row in texts.items():
+            print(f"    {name:<{indent - 2}}" + "".join(f"{row.get(column, '-'):>{width}}" for column in block))

@@ -134,8 +134,9 @@ class Run:
 
 def start_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> subprocess.Popen:
     """Start job.py in another working directory, on its own workspace and, by default, synthetic images."""
+    dataset = ["--dataset", "synthetic"] if "--dataset" in (repo / "data.py").read_text() else []
     return subprocess.Popen(
-        [sys.executable, str(repo / "job.py"), "--dataset", "synthetic", "--workspace", str(workspace), *flags],
+        [sys.executable, str(repo / "job.py"), *dataset, "--workspace", str(workspace), *flags],
         cwd=workspace.parent,
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env,
         stdout=subprocess.PIPE,
@@ -203,7 +204,8 @@ def data_flags(**flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_data_flags(parser)
     args = parser.parse_args(["--dataset=synthetic"])
-    return argparse.Namespace(**{**vars(args), "seed": 0, "n_clients": 2, "env": "sim", "export": False, **flags})
+    run = {"seed": 0, "n_clients": 2, "sites": ["site-1", "site-2"], "env": "sim", "export": False}
+    return argparse.Namespace(**{**vars(args), **run, **flags})
 
 
 def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -4,45 +4,48 @@ import zlib
 
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from conftest import data_flags
-from data import load_data, make_loader
-from model import SimpleNetwork
+from data import load_data
+from model import create_model
 
 
-def train_locally(weights, site, round, seed, images, batch_size, size):
-    """Train one site for one round of two epochs; return its weights and steps."""
-    train_set, _ = load_data(data_flags(train_size=size, test_size=1, seed=seed), site)
-    train_set = torch.utils.data.TensorDataset(*(tensor[list(images)] for tensor in train_set.tensors))
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site} {round}".encode()))
-    loader = make_loader(train_set, len(train_set))
-    images, labels = next(iter(loader))  # all of them, scaled
-    model = SimpleNetwork()
-    model.load_state_dict(weights)
+def train_locally(model, train_set, site, round, seed, batch_size, drop_last):
+    """Train one site's model for one round of two epochs; return its weights and steps."""
+    torch.manual_seed(zlib.crc32(f"{seed} {site} {round}".encode()))
+    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=drop_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model.train()
     steps = 0
     for _ in range(2):
-        for batch in torch.utils.data.BatchSampler(
-            torch.utils.data.RandomSampler(train_set, generator=generator), batch_size, drop_last=False
-        ):
+        for batch, labels in train_loader:
             optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            F.cross_entropy(model(batch), labels).backward()
             optimizer.step()
             steps += 1
     return model.state_dict(), steps
 
 
-def fedavg(images, rounds, seed, size, weights=None, batch_size=16, by_steps=True):
-    """Average the weights of sites with these training images, by their steps or all alike, for some rounds.
-
-    Args:
-        images: of each site, the indices of its images among the `size` synthetic ones.
-    """
-    weights = weights or SimpleNetwork(seed).state_dict()
+def fedavg(
+    train_sets: list[Dataset],
+    rounds,
+    seed,
+    weights=None,
+    batch_size=16,
+    by_steps=True,
+    create_model=create_model,
+    drop_last=False,
+):
+    """Average the weights of sites with these training sets, by their steps or all alike, for some rounds."""
+    weights = weights or create_model(seed).state_dict()
     for round in range(rounds):
-        results = [
-            train_locally(weights, f"site-{i + 1}", round, seed, own, batch_size, size) for i, own in enumerate(images)
-        ]
+        results = []
+        for i, train_set in enumerate(train_sets, start=1):
+            model = create_model()
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(weights[name] if tensor.is_floating_point() else weights[name].double().round())
+            results.append(train_locally(model, train_set, f"site-{i}", round, seed, batch_size, drop_last))
         total = sum(steps if by_steps else 1 for _, steps in results)
         weights = {
             name: sum(local[name] * (steps if by_steps else 1) for local, steps in results) / total for name in weights
@@ -50,5 +53,12 @@ def fedavg(images, rounds, seed, size, weights=None, batch_size=16, by_steps=Tru
     return weights
 
 
+def images_of_sites(sites, seed, size):
+    """Return the training set of each site, whose images have these indices among `size` synthetic ones."""
+    train_set, _ = load_data(data_flags(train_size=size, test_size=1, seed=seed), "site-1")
+    return [TensorDataset(*train_set[list(images)]) for images in sites]
+
+
 def distance(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    """Return the largest difference of two models' numbers; of numbers beyond 1, relative to their size."""
+    return max(((a[name] - b[name]).abs() / b[name].abs().clamp(min=1)).max().item() for name in a)

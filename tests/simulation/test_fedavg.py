@@ -9,8 +9,8 @@ import torch
 
 from conftest import REPO, copy_repo, data_flags, run_job
 from data import load_data, partition
-from model import SimpleNetwork
-from reference import distance, fedavg
+from model import create_model
+from reference import distance, fedavg, images_of_sites
 from stages import MODEL
 
 SIZE = 80
@@ -25,7 +25,7 @@ def one_client(tmp_path_factory):
 
 def test_one_client_is_plain_training(one_client):
     assert one_client.status == 0, one_client.errors
-    assert distance(one_client.weights(), fedavg([ALL], rounds=3, seed=0, size=SIZE)) < 1e-6
+    assert distance(one_client.weights(), fedavg(images_of_sites([ALL], seed=0, size=SIZE), rounds=3, seed=0)) < 1e-6
 
 
 def test_result_of_the_run_before_is_trained_further(one_client, tmp_path):
@@ -34,13 +34,13 @@ def test_result_of_the_run_before_is_trained_further(one_client, tmp_path):
     flags = ["--n_clients", "1", "--num_rounds", "1", "--train_size", str(SIZE), "--test_size", "1"]
     run = run_job(workspace, *flags, "--initial_ckpt", str(workspace / "hello-pt" / MODEL))
     assert run.status == 0, run.errors
-    expected = fedavg([ALL], rounds=1, seed=0, size=SIZE, weights=one_client.weights())
+    expected = fedavg(images_of_sites([ALL], seed=0, size=SIZE), rounds=1, seed=0, weights=one_client.weights())
     assert distance(run.weights(), expected) < 1e-6
 
 
 def shares(split, n_clients, seed, alpha=None, size=SIZE):
     train_set, _ = load_data(data_flags(train_size=size, test_size=1, seed=seed), "site-1")
-    labels = train_set.tensors[1].numpy()
+    labels = train_set.targets.numpy()
     return labels, partition(labels, n_clients, split, alpha, seed)
 
 
@@ -50,15 +50,16 @@ def test_two_sites_of_very_different_sizes_are_weighted_by_their_steps_and_evalu
     assert run.status == 0, run.errors
     labels, sites = shares("dirichlet", 2, seed=7, alpha=0.1)
     assert max(map(len, sites)) > 2 * min(map(len, sites))
-    assert distance(run.weights(), fedavg(sites, rounds=2, seed=7, size=SIZE)) < 1e-6
-    assert distance(run.weights(), fedavg(sites, rounds=2, seed=7, size=SIZE, by_steps=False)) > 1e-4
+    train_sets = images_of_sites(sites, seed=7, size=SIZE)
+    assert distance(run.weights(), fedavg(train_sets, rounds=2, seed=7)) < 1e-6
+    assert distance(run.weights(), fedavg(train_sets, rounds=2, seed=7, by_steps=False)) > 1e-4
 
     # The start shows each site's share, class by class.
     for site, share in zip(("site-1", "site-2"), sites):
         counts = np.bincount(labels[share], minlength=10)
-        assert " ".join(map(str, [site, len(share), *counts])) in " ".join(run.output.split())
+        assert " ".join(map(str, [site, 100, len(share), *counts])) in " ".join(run.output.split())
     sizes = sorted(map(len, sites))
-    assert f"(dirichlet split of alpha 0.1), {sizes[0]} to {sizes[1]} training images a site" in run.output
+    assert f"(dirichlet split of alpha 0.1), {sizes[0]} to {sizes[1]} training samples a site" in run.output
 
 
 def test_eight_sites_train_on_their_shares(tmp_path):
@@ -67,11 +68,12 @@ def test_eight_sites_train_on_their_shares(tmp_path):
     run = run_job(tmp_path / "workspace", *flags)
     assert run.status == 0, run.errors
     _, sites = shares("iid", 8, seed=0, size=84)
-    reference = {"rounds": 2, "seed": 0, "size": 84, "batch_size": 10}
-    assert distance(run.weights(), fedavg(sites, **reference)) < 1e-5
-    assert distance(run.weights(), fedavg(sites, **reference, by_steps=False)) > 1e-4
-    assert distance(run.weights(), fedavg([range(84)] * 8, **reference)) > 1e-2
-    assert "(iid split), 10 to 11 training images a site" in run.output
+    own, all_images = (images_of_sites(sites, seed=0, size=84) for sites in (sites, [range(84)] * 8))
+    reference = {"rounds": 2, "seed": 0, "batch_size": 10}
+    assert distance(run.weights(), fedavg(own, **reference)) < 1e-5
+    assert distance(run.weights(), fedavg(own, **reference, by_steps=False)) > 1e-4
+    assert distance(run.weights(), fedavg(all_images, **reference)) > 1e-2
+    assert "(iid split), 10 to 11 training samples a site" in run.output
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
 
 
@@ -93,7 +95,8 @@ def test_privacy_filter_of_the_readme_is_applied(tmp_path):
     run = run_job(tmp_path / "workspace", *flags, repo=repo)
     assert run.status == 0, run.errors
     steps = 10
-    before, trained = SimpleNetwork(0).state_dict(), fedavg([ALL], rounds=1, seed=0, size=SIZE)
+    before = create_model(0).state_dict()
+    trained = fedavg(images_of_sites([ALL], seed=0, size=SIZE), rounds=1, seed=0)
     parts = {name: (trained[name] - before[name]) / steps for name in before}
     median = torch.cat([part.flatten().abs() for part in parts.values()]).quantile(0.5)
     largest = max(part.abs().max() for part in parts.values())

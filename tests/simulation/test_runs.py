@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import REPO, end_all, finish, run_job, start_job, wait_until
-from model import SimpleNetwork
-from reference import distance, fedavg
+from model import create_model
+from reference import distance, fedavg, images_of_sites
 from stages import ENDLESS, MODEL, SMALL, in_training, trainer
 
 # ---- Earlier results stay ----
@@ -32,11 +32,12 @@ def test_next_runs_keep_results_and_checkpoints_but_nothing_of_a_run_without_any
         assert (kept / MODEL).read_bytes() == model
 
     checkpoint = workspace / "hello-pt" / "site-1" / "weights.pt"  # in the folder of the run that failed
-    torch.save(SimpleNetwork(seed=5).state_dict(), checkpoint)
+    torch.save(create_model(seed=5).state_dict(), checkpoint)
     third = run_job(workspace, *SMALL, "--seed", "1", "--initial_ckpt", str(checkpoint))
     assert third.status == 0, third.errors
     assert len(list(workspace.glob("hello-pt-*/site-1/weights.pt"))) == 1
-    expected = fedavg([range(32)] * 2, rounds=1, seed=1, size=32, weights=SimpleNetwork(seed=5).state_dict())
+    train_sets = images_of_sites([range(32)] * 2, seed=1, size=32)
+    expected = fedavg(train_sets, rounds=1, seed=1, weights=create_model(seed=5).state_dict())
     assert distance(third.weights(), expected) < 1e-6  # trained further
 
     events = {file.relative_to(workspace).parts[0] for file in workspace.rglob("events.out.tfevents.*")}

@@ -51,10 +51,11 @@ def test_training_alone_leaves_a_model_and_a_summary(plain):
     assert (plain.results / "app_server" / "FL_global_model.pt").is_file()
     assert not (plain.results / "app_server" / "best_FL_global_model.pt").exists()
     summary = plain.output.partition("Done: 2 rounds on 2 sites.")[2]
-    assert "Data: synthetic, 64 training images a site, 100 test images." in summary
-    assert re.search(r"round 1 +2\.\d{4} +2\.\d{4}\n", summary) and "accuracy" not in summary
+    assert "Data: synthetic, 64 training samples a site, 100 test samples." in summary
+    assert re.search(r"\n  train_loss .*\n.*\n    round 1 +2\.\d{3} +2\.\d{3}\n", summary) and "accuracy" not in summary
     assert str(plain.results / "app_server" / "FL_global_model.pt") in summary
-    assert summary.endswith(f"tensorboard --logdir {plain.results / 'tb_events'}\n")
+    assert f"\n  tensorboard --logdir {plain.results / 'tb_events'}\n" in summary
+    assert summary.endswith("\nHow good is the model?\n  python job.py --train_script client_with_eval.py\n")
 
 
 def test_nothing_alarms_a_user(plain, evaluated):
@@ -104,12 +105,12 @@ def test_cross_site_evaluation_has_every_model_on_every_site(evaluated):
     models = {"SRV_FL_global_model.pt", "SRV_best_FL_global_model.pt", *SITES}
     results = cross_site_results(evaluated)
     assert set(results) == set(SITES) and all(set(results[site]) == models for site in SITES)
-    table = evaluated.output.partition("Accuracy of each model")[2]
+    table = evaluated.output.partition("Each model (row) on each site's test data (column)")[2]
     best = {site: max(metrics["accuracy"] for metrics in results[site].values()) for site in SITES}
     for model in models:
         accuracy = {site: results[site][model]["accuracy"] for site in SITES}
-        cells = " +".join(f"{accuracy[site]:.2f} %" + r"\*" * (accuracy[site] == best[site]) for site in SITES)
-        assert re.search(rf"\n  {re.escape(model.removeprefix('SRV_'))} +{cells} ?\n", table)
+        cells = " +".join(f"{accuracy[site]:#.4g}" + r"\*" * (accuracy[site] == best[site]) for site in SITES)
+        assert re.search(rf"\n    {re.escape(model.removeprefix('SRV_'))} +{cells} ?\n", table)
 
 
 def test_report_holds_what_the_summary_says(evaluated):
@@ -124,12 +125,12 @@ def test_report_holds_what_the_summary_says(evaluated):
     for site in SITES:
         for round, metrics in enumerate(report["rounds"]):
             assert metrics[site]["accuracy"] == pytest.approx(scalars(evaluated, site)["accuracy"][round])
-            assert f"{metrics[site]['train_loss']:.4f}" in evaluated.output
+            assert all(f" {value:#.4g}" in evaluated.output for value in metrics[site].values())
         assert {model: by_site[site] for model, by_site in report["models"].items()} == {
             model.removeprefix("SRV_"): metrics for model, metrics in results[site].items()
         }
     best = report["best_model"]
-    assert f"The best is {best['name']}: {best['accuracy']:.2f} %" in evaluated.output
+    assert f"The best is {best['name']}: accuracy {best['accuracy']:#.4g} on average" in evaluated.output
     assert f"  {report['tensorboard_command']}\n" in evaluated.output
     for file in report["paths"]["models"]:
         assert f"  {file}\n" in evaluated.output and torch.load(file, weights_only=True)["model"]
@@ -168,7 +169,7 @@ def test_tensorboard_command_of_the_summary_shows_each_site_and_tag(evaluated):
 def test_best_local_model_is_handed_over(evaluated):
     for site in SITES:
         file = evaluated.folder / site / "simulate_job" / f"app_{site}" / "best_local_model.pt"
-        assert torch.load(file, weights_only=True)["accuracy"] == cross_site_results(evaluated)[site][site]["accuracy"]
+        assert torch.load(file, weights_only=True)["score"] == cross_site_results(evaluated)[site][site]["accuracy"]
 
 
 def test_summary_names_the_better_global_model(evaluated):
@@ -178,7 +179,7 @@ def test_summary_names_the_better_global_model(evaluated):
         return sum(results[site][f"SRV_{model}"]["accuracy"] for site in SITES) / len(SITES)
 
     best = max(("FL_global_model.pt", "best_FL_global_model.pt"), key=accuracy)
-    assert f"The best is {best}: {accuracy(best):.2f} % on average over the sites." in evaluated.output
+    assert f"The best is {best}: accuracy {accuracy(best):#.4g} on average over the sites." in evaluated.output
 
 
 def test_offline_default_run_learns_synthetic_images_and_says_so(offline, tmp_path):
@@ -189,7 +190,7 @@ def test_offline_default_run_learns_synthetic_images_and_says_so(offline, tmp_pa
     assert run.status == 0, run.errors
     assert "WARNING: training on SYNTHETIC images" in run.errors
     summary = run.output.partition("Done:")[2]
-    assert "Data: synthetic, 5000 training images a site, 1000 test images." in summary and "WARNING" in summary
+    assert "Data: synthetic, 5000 training samples a site, 1000 test samples." in summary and "WARNING" in summary
     first, second, final = (cross_site_accuracy for cross_site_accuracy in scalars(run, "site-1")["accuracy"].values())
     assert first < 20 < second < final and final >= 60
 
@@ -207,7 +208,7 @@ def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp
     flags = ["--dataset", "auto", "--data_root", str(tmp_path / "data"), "--train_size", "64", "--num_rounds", "1"]
     run = run_job(tmp_path / "workspace", *flags, repo=repo, **online)
     assert run.status == 0, run.errors
-    assert "Data: cifar10, 64 training images a site" in run.output
+    assert "Data: cifar10, 64 training samples a site" in run.output
     for site in SITES:
         accuracy = cross_site_results(run)[site]["SRV_FL_global_model.pt"]["accuracy"]
         assert accuracy * TEST_IMAGES / 100 == round(accuracy * TEST_IMAGES / 100)  # of the small CIFAR-10

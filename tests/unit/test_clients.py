@@ -8,6 +8,7 @@ from conftest import REPO
 
 CHANGED_BY_EVALUATION = [  # lines of client.py that client_with_eval.py has in another form
     '"""One site\'s local training: plain PyTorch, made federated by the twelve numbered FLARE lines."""',
+    "from model import create_model",
     "        train_set, _ = load_data(args, site_name)",
     '                metrics={"train_loss": train_loss},',
 ]

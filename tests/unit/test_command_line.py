@@ -17,6 +17,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "site-2.txt").write_text("")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save(SimpleNetwork(), tmp_path / "pickled.pt")
     torch.save([1, 2], tmp_path / "list.pt")
@@ -41,7 +42,8 @@ def files(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.pt")
     nan = {name: tensor * torch.nan for name, tensor in SimpleNetwork().state_dict().items()}
     torch.save(nan, tmp_path / "nan.pt")
-    torch.save({name: tensor.long() for name, tensor in SimpleNetwork().state_dict().items()}, tmp_path / "whole.pt")
+    large = {name: tensor.double() + 1e300 for name, tensor in SimpleNetwork().state_dict().items()}
+    torch.save(large, tmp_path / "large.pt")
     torch.save(SimpleNetwork().state_dict(), tmp_path / "weights.py")
     return tmp_path
 
@@ -68,6 +70,7 @@ def files(tmp_path, monkeypatch):
         ),
         "--train_script run/hello-pt/site-1/client.py --workspace run",
         "--data_root run/hello-pt/data --workspace run",
+        "--train_args '",
         "--cross_site_eval",
         "--cross_site_eval --train_script client.py",
         *(f"--dataset {name}" for name in ("mnist", "CIFAR10", "")),
@@ -75,8 +78,9 @@ def files(tmp_path, monkeypatch):
         *(f"--workspace {path}" for path in ("text.pt", "text.pt/below", "with+space", "mine", "")),
         *(f"--workspace {path}" for path in ("half_mine", "blocked", "loop", "~nobody_here/x", "x" * 300, "a\0b")),
         *(f"--workspace {path}" for path in ("ws#1", "it's", 'say"so"', "back\\slash", "line\nline")),
+        "--data_root {site}.txt/{site}",
         *(f"--data_root {path}" for path in ("loop", "~nobody_here/x", "x" * 300)),
-        *(f"--initial_ckpt {path}" for path in ("fifo.pt", "loop", "nan.pt", "whole.pt", "weights.py", "/dev/zero")),
+        *(f"--initial_ckpt {path}" for path in ("fifo.pt", "loop", "nan.pt", "large.pt", "weights.py", "/dev/zero")),
         *(
             f"--initial_ckpt {path}"
             for path in (
@@ -135,6 +139,12 @@ def test_bad_arguments_are_refused_in_one_line(flags, files, capsys):
 def test_default_script_is_the_one_beside_job_py(files):
     (files / "client.py").write_text("an example of something else")
     assert job.parse_args([]).train_script == REPO / "client.py"
+
+
+def test_checkpoint_may_be_whatever_load_state_dict_takes(files, monkeypatch):
+    for name, convert in (("double.pt", torch.Tensor.double), ("whole.pt", torch.Tensor.long)):
+        torch.save({name: convert(tensor) for name, tensor in SimpleNetwork().state_dict().items()}, name)
+        assert job.parse_args(["--initial_ckpt", name]).initial_ckpt == files / name
 
 
 @pytest.mark.parametrize(

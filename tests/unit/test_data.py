@@ -40,17 +40,17 @@ def load_cifar10(folder, train_size=None, test_size=None):
 
 
 def test_synthetic_images_have_cifar10s_shapes_and_come_from_the_seed():
-    (images, labels), (test_images, _) = (part.tensors for part in synthetic(200, 50, seed=1))
+    (images, labels), (test_images, _) = ((part.images, part.targets) for part in synthetic(200, 50, seed=1))
     assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8 and test_images.shape == (50, 3, 32, 32)
     assert labels.dtype == torch.int64 and sorted(labels.unique().tolist()) == list(range(10))
-    again, other = (synthetic(200, 50, seed)[0].tensors[0] for seed in (1, 2))
+    again, other = (synthetic(200, 50, seed)[0].images for seed in (1, 2))
     assert torch.equal(images, again) and not torch.equal(images, other)
 
 
 def test_fewer_synthetic_images_are_the_first_of_more():
     (few, few_tests), (more, more_tests) = synthetic(5, 3), synthetic(9, 6)
-    assert torch.equal(few.tensors[0], more.tensors[0][:5]) and torch.equal(few.tensors[1], more.tensors[1][:5])
-    assert torch.equal(few_tests.tensors[0], more_tests.tensors[0][:3])
+    assert torch.equal(few.images, more.images[:5]) and torch.equal(few.targets, more.targets[:5])
+    assert torch.equal(few_tests.images, more_tests.images[:3])
 
 
 def test_synthetic_sizes_by_default():
@@ -60,7 +60,7 @@ def test_synthetic_sizes_by_default():
 
 def test_loader_scales_bytes_to_minus_one_to_one():
     images = torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 3 * 32 * 16).view(1, 3, 32, 32)
-    loader = data.make_loader(torch.utils.data.TensorDataset(images, torch.zeros(1, dtype=torch.int64)), 4)
+    loader = data.make_loader(cifar10.Images(images, torch.zeros(1, dtype=torch.int64), []), 4)
     (batch, labels), *rest = loader
     assert batch.dtype == torch.float32 and (batch.min(), batch.max()) == (-1, 1) and not rest and len(labels) == 1
 
@@ -76,7 +76,7 @@ def test_loader_shuffles_by_what_it_is_told_and_visits_every_image_once():
     assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
     assert torch.equal(order(1).sum((1, 2, 3)).sort().values, order(2).sum((1, 2, 3)).sort().values)
     in_order = torch.cat([images for images, _ in data.make_loader(train_set, 16)])
-    assert torch.equal(in_order, train_set.tensors[0] / 127.5 - 1)
+    assert torch.equal(in_order, train_set.images / 127.5 - 1)
 
 
 def test_cifar10_is_downloaded_once_and_decoded_as_torchvision_reads_it(small_cifar10, cifar10_server, tmp_path):
@@ -85,7 +85,7 @@ def test_cifar10_is_downloaded_once_and_decoded_as_torchvision_reads_it(small_ci
     assert (len(train_set), len(test_set)) == (TRAIN_IMAGES, TEST_IMAGES)
     for part, train in ((train_set, True), (test_set, False)):
         reference = torchvision.datasets.CIFAR10(tmp_path, train=train)
-        images, labels = part.tensors
+        images, labels = part.images, part.targets
         assert torch.equal(images, torch.from_numpy(reference.data).permute(0, 3, 1, 2))
         assert labels.tolist() == reference.targets
     load_cifar10(tmp_path)
@@ -95,7 +95,7 @@ def test_cifar10_is_downloaded_once_and_decoded_as_torchvision_reads_it(small_ci
 def test_sizes_take_the_first_images(small_cifar10, tmp_path):
     train_set, test_set = load_cifar10(tmp_path, 7, 3)
     assert (len(train_set), len(test_set)) == (7, 3)
-    assert torch.equal(train_set.tensors[0], load_cifar10(tmp_path)[0].tensors[0][:7])
+    assert torch.equal(train_set.images, load_cifar10(tmp_path)[0].images[:7])
 
 
 def test_eight_processes_download_once(online, cifar10_server, tmp_path):
@@ -147,11 +147,11 @@ def test_silent_server_is_given_up(small_cifar10, monkeypatch, tmp_path):
 @pytest.mark.parametrize("damage", ["cut short", "missing"])
 def test_damaged_files_are_replaced(small_cifar10, tmp_path, damage):
     train_set, _ = load_cifar10(tmp_path)
-    intact = train_set.tensors[0].clone()
+    intact = train_set.images.clone()
     time.sleep(0.01)  # so that the damage is newer than the decoded file
     damage_file(batches(tmp_path) / "data_batch_3", damage)
     (tmp_path / cifar10.DECODED_FILE).unlink()
-    assert torch.equal(load_cifar10(tmp_path)[0].tensors[0], intact)
+    assert torch.equal(load_cifar10(tmp_path)[0].images, intact)
 
 
 def test_damaged_files_that_cant_be_replaced_are_one_clear_error(small_cifar10, monkeypatch, tmp_path):
@@ -207,3 +207,28 @@ def test_folder_that_cant_be_written_is_one_clear_error(small_cifar10, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(cifar10.DataError, match="choose another --data_root"):
         load_cifar10(tmp_path / "file")
+
+
+def test_each_site_has_a_folder_of_its_own(small_cifar10, tmp_path):
+    prepared("auto", tmp_path / "{site}")
+    for site in ("site-1", "site-2"):
+        assert (tmp_path / site / cifar10.DECODED_FILE).exists()
+        flags = data_flags(dataset="cifar10", data_root=str(tmp_path / "{site}"))
+        assert data.data_folder(flags, site) == tmp_path / site
+        assert len(data.load_data(flags, site)[0]) == TRAIN_IMAGES
+
+
+def test_folder_that_can_only_be_read_is_enough(small_cifar10, tmp_path):
+    load_cifar10(tmp_path)
+    (tmp_path / cifar10.DECODED_FILE).unlink()
+    if subprocess.call(["mount", "--bind", "-o", "ro", tmp_path, tmp_path]):
+        pytest.skip("only root can make a folder read-only for itself")
+    try:
+        with pytest.raises(OSError):
+            (tmp_path / "file").touch()
+        assert prepared("auto", tmp_path) == ("cifar10", "")
+        assert len(load_cifar10(tmp_path)[0]) == TRAIN_IMAGES
+        with pytest.raises(cifar10.DataError, match=r"can't write to .*: choose another --data_root"):
+            load_cifar10(tmp_path / "new")
+    finally:
+        subprocess.check_call(["umount", tmp_path])

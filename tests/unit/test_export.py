@@ -44,7 +44,7 @@ def test_exported_job_is_complete_and_names_nothing_of_this_machine(tmp_path):
     workflow = server["workflows"][0]
     assert workflow["path"].endswith(".FedAvg") and workflow["args"]["num_rounds"] == 2
     persistor = next(component for component in server["components"] if component["id"] == "persistor")
-    assert persistor["args"]["model"] == {"path": "model.SimpleNetwork", "args": {}}
+    assert persistor["args"]["model"] == {"path": "model.create_model", "args": {"seed": 0}}
     command = client["executors"][0]["executor"]["args"]["command"]
     assert command[:3] == ["python3", "-u", "custom/client.py"]
     assert "--dataset cifar10" in " ".join(command) and "--lr 0.02" in " ".join(command)

@@ -25,7 +25,7 @@ def test_code_in_a_model_that_comes_back_is_not_run(tmp_path):
     model.parent.mkdir()
     torch.save({"model": Hostile(ran)}, model)
     with pytest.raises(JobFailed, match="holds more than weights, and was not loaded"):
-        read_results(argparse.Namespace(num_rounds=1), str(tmp_path), "accuracy")
+        read_results(argparse.Namespace(num_rounds=1), str(tmp_path), ("accuracy", "max"))
     assert not ran.exists()
     torch.load(model, weights_only=False)
     assert ran.exists()  # so it would have been run

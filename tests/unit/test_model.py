@@ -1,6 +1,6 @@
 import torch
 
-from model import SimpleNetwork
+from model import SimpleNetwork, create_model
 
 
 def test_logits_of_ten_classes_for_each_image():
@@ -8,14 +8,15 @@ def test_logits_of_ten_classes_for_each_image():
 
 
 def test_62006_parameters_in_the_layers_of_the_specification():
-    model = SimpleNetwork()
+    model = create_model()
+    assert isinstance(model, SimpleNetwork)
     assert sum(parameter.numel() for parameter in model.parameters()) == 62_006
     assert [name for name, _ in model.named_children()] == ["conv1", "pool", "conv2", "fc1", "fc2", "fc3"]
 
 
 def test_seed_decides_the_initial_weights_and_leaves_torch_alone():
     before = torch.get_rng_state()
-    a, b, other = (SimpleNetwork(seed).state_dict() for seed in (1, 1, 2))
+    a, b, other = (create_model(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["conv1.weight"], other["conv1.weight"])
     assert torch.equal(torch.get_rng_state(), before)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cifar10 import DataError
 from conftest import data_flags
-from data import class_counts, load_data, partition
+from data import load_data, partition
+from support.summary import class_counts
 
 LABELS = st.lists(st.integers(0, 9), min_size=1, max_size=300).map(np.array)
 ALPHAS = st.floats(-6, 6).map(lambda exponent: 10.0**exponent)
@@ -120,12 +121,12 @@ def test_sites_take_the_training_images_by_their_number(split):
     args = data_flags(split=split, alpha=1, **flags)
     train_set, _ = load_data(data_flags(**flags), "site-1")
     shards = [load_data(args, f"site-{i}")[0] for i in (1, 2, 3)]
-    images = torch.cat([shard[list(range(len(shard)))][0] for shard in shards])
-    assert sorted(images.sum(dim=(1, 2, 3)).tolist()) == sorted(train_set.tensors[0].sum(dim=(1, 2, 3)).tolist())
-    for shard, indices in zip(shards, partition(train_set.tensors[1].numpy(), 3, split, 1, seed=3)):
+    images = torch.cat([shard.__getitems__(list(range(len(shard))))[0] for shard in shards])
+    assert sorted(images.sum(dim=(1, 2, 3)).tolist()) == sorted(train_set[:][0].sum(dim=(1, 2, 3)).tolist())
+    for shard, indices in zip(shards, partition(train_set.targets.numpy(), 3, split, 1, seed=3)):
         assert shard.indices == indices.tolist()
-        counts = np.bincount(train_set.tensors[1][indices], minlength=10).tolist()
-        assert class_counts(args, shard) == dict(zip("0123456789", counts))
+        counts = np.bincount(train_set.targets[indices], minlength=10).tolist()
+        assert class_counts(shard) == dict(zip("0123456789", counts))
     for stranger in ("site-0", "site-4", "hospital"):
         with pytest.raises(DataError, match=f"to site-1 ... site-3, not to {stranger}"):
             load_data(args, stranger)
@@ -134,4 +135,4 @@ def test_sites_take_the_training_images_by_their_number(split):
 def test_same_split_takes_everything():
     args = data_flags(train_size=10, test_size=1)
     train_set, _ = load_data(args, "a hospital")
-    assert len(train_set) == 10 and sum(class_counts(args, train_set).values()) == 10
+    assert len(train_set) == 10 and sum(class_counts(train_set).values()) == 10
