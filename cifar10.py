@@ -28,8 +28,8 @@ class DataError(OSError):
 class Images(Dataset):
     """Images in memory: a sample is an image, float32 (3, 32, 32) in [-1, 1], and its label, int64.
 
-    Takes images as uint8 (N, 3, 32, 32) and, under torchvision's names, `targets`, their labels, and the labels' `classes`.
-    They are scaled as torchvision's ToTensor and Normalize(0.5, 0.5) do.
+    Made of uint8 images (N, 3, 32, 32), scaled as torchvision's ToTensor and Normalize(0.5, 0.5) do, and with two names
+    of torchvision's data sets: the labels are its `targets`, and the labels' names its `classes`.
     """
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor, classes: list[str]):
