@@ -12,7 +12,7 @@ from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_eva
 from data import add_data_flags, check_data_flags, class_counts, load_data, prepare_data
 from model import SimpleNetwork
 from support.arguments import OneLineParser, check, command_line
-from support.environments import PocEnv, ProdEnv, SimEnv, python_of, send_along
+from support.environments import PocEnv, ProdEnv, SimEnv, python_of, refuse_parts, send_along
 from support.results import read_results
 from support.run import guarded, keep_earlier_results
 from support.summary import show_data, sum_up
@@ -67,6 +67,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         key_metric=KEY_METRIC if args.evaluates else "",
     )
     send_along(recipe, args.train_script)
+    refuse_parts(recipe, min_sites=args.n_clients)
     add_experiment_tracking(recipe, "tensorboard")
     if args.cross_site_eval:
         add_cross_site_evaluation(recipe)

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support.run import is_free
+
 HERE = Path(__file__).resolve().parent.parent
 JOB_NAME = "hello-pt"
 GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"  # of SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two
@@ -185,14 +187,11 @@ def data_folder(text: str) -> str:
 
 
 def workspace_folder(text: str) -> Path:
-    """Check that a simulation can use a folder, and that it is the only one to use what is in it."""
+    """Check that a run can use a folder, and that nothing in it has the name that the run's own folder will have."""
     folder = usable_folder(text)
     run_folder = folder / JOB_NAME
-    if run_folder.is_symlink() or not run_folder.exists():
-        return folder
-    known = r"local|startup|poc|server|site-\d+"
-    if not run_folder.is_dir() or not all(re.fullmatch(known, path.name) for path in run_folder.iterdir()):
-        raise ValueError(f"{run_folder} is not a simulation's folder, and would be lost: move it, or choose another")
+    if not is_free(run_folder):
+        raise ValueError(f"{run_folder} was not made by job.py: move it, or choose another folder")
     return folder
 
 

@@ -19,7 +19,10 @@ from nvflare.fuel.utils.log_utils import concise_log_dict
 from nvflare.job_config.api import FedJob
 from nvflare.recipe.spec import Recipe
 
+from support.console import relayed
 from support.failure import JobFailed
+from support.run import kill_processes_of
+from support.whole_models import WholeGlobalModels, WholeLocalModels
 
 POC_PORT = 8002  # of the server, by NVFlare's default
 LOGIN_TIMEOUT = 20  # seconds
@@ -33,6 +36,12 @@ def send_along(recipe: Recipe, script: Path) -> None:
     for module in ("data.py", "cifar10.py", "model.py"):
         if not (script.parent / module).exists():
             recipe.add_client_file(str(Path(__file__).resolve().parents[1] / module))
+
+
+def refuse_parts(recipe: Recipe, min_sites: int) -> None:
+    """Let the server refuse local models that aren't whole, and global models of fewer sites."""
+    recipe.add_server_input_filter(WholeLocalModels(), tasks=["train"])
+    recipe._job.to_server(WholeGlobalModels(min_sites), id="whole_global_models")  # as NVFlare 2.9.0's recipe.utils do
 
 
 def python_of(args: argparse.Namespace) -> str:
@@ -59,7 +68,8 @@ class SimEnv(nvflare.recipe.SimEnv):
         self.log_config = str(self.quiet_console())
         print(f"NVFlare's logs: {self.run_folder}/*/log.txt", flush=True)
         try:
-            return super().deploy(job)
+            with relayed(stop=lambda: kill_processes_of(self.run_folder)):
+                return super().deploy(job)
         except RuntimeError as error:
             raise JobFailed(error) from error
 

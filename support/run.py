@@ -1,42 +1,53 @@
 """What holds before, during and after a run?
 
-- One run at a time in a workspace; the results of the run before are kept under another name.
-- Whatever fails ends in one line. A client's process that dies ends the run.
+- One run at a time in a workspace; the results of the run before are kept under another name; nothing else is touched.
+- Whatever fails ends in one line. A client's process that dies ends the run, one that is slow is named.
 - However job.py ends, short of SIGKILL, no process of the run is left behind.
 """
 
 import argparse
 import contextlib
 import fcntl
+import itertools
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 import psutil  # comes with nvflare
 
-from support.failure import JobFailed, killed_site, reason_of_failure
+from support.console import failure_of_output, open_streams
+from support.failure import JobFailed, describe, killed_site, reason_of_failure, seconds_without_news, sites_at_work
 
 MODEL = "server/**/app_server/FL_global_model.pt"  # there once a round is complete
+MARK = "local/made-by-job.py"  # in a run's folder, where NVFlare 2.9.0's simulator deletes all but local and startup
 FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
+PATIENCE = 60  # seconds without a result, after which the sites that are at work are named
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
 
 @contextlib.contextmanager
 def guarded(args: argparse.Namespace) -> Iterator[None]:
-    """Guard a run, or an export, which needs less: what is expected to fail ends in one line, with status 1."""
-    expected = (OSError, RuntimeError) if args.export else OSError  # NVFlare raises the second one in an export
+    """Guard a run, or an export, which needs less: what fails ends in one line, with status 1."""
+    open_streams()
     try:
-        with contextlib.nullcontext() if args.export else only_run(args.run_folder):
-            yield
-    except JobFailed as error:
-        sys.exit(f"job.py: error: {reason_of_failure(args.run_folder, error)}")
-    except expected as error:
-        sys.exit("job.py: error: " + " ".join(str(error).split()))
+        try:
+            with contextlib.nullcontext() if args.export else only_run(args.run_folder):
+                yield
+        finally:
+            sys.stdout.flush()
+    except Exception as error:
+        reason = failure_of_output() or (not args.export and full_disk(args.run_folder, least=1_000_000))
+        if not reason and isinstance(error, JobFailed):
+            reason = reason_of_failure(args.run_folder, error)
+        sys.exit(f"job.py: error: {reason or describe(error)}")
 
 
 class Stopped(SystemExit):
@@ -65,25 +76,24 @@ def only_run(run_folder: Path) -> Iterator[None]:
         OSError: the workspace can't be made or written; or another job.py runs there, or what a killed one left.
     """
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(run_folder.parent).free < FREE_SPACE:
-        raise OSError(f"the disk of {run_folder.parent} is full: make room, or choose another --workspace")
-    with open(run_folder.with_suffix(".lock"), "a+") as lock:
+    if full := full_disk(run_folder, least=FREE_SPACE):
+        raise OSError(full)
+    with lock_file(run_folder.with_suffix(".lock")) as lock:
         at_work = f"is at work in {run_folder}: wait for its end, or choose another --workspace"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            raise OSError(f"process {lock.read().strip()} (job.py) {at_work}") from None
+            raise OSError(f"process {lock.read().strip()} {at_work}") from None
         if orphans := processes_of(run_folder):
             raise OSError(f"process {orphans[0].pid} (the simulation of a killed job.py) {at_work}")
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.write(f"{os.getpid()} (job.py)\n")
         lock.flush()
 
         exit_on_signals()
         os.environ[RUN_VARIABLE] = str(run_folder)
         over = threading.Event()
-        threading.Thread(target=end_run_of_killed_site, args=(run_folder, over), daemon=True).start()
+        threading.Thread(target=watch, args=(run_folder, over), daemon=True).start()
         stopped = None
         try:
             yield
@@ -97,28 +107,75 @@ def only_run(run_folder: Path) -> Iterator[None]:
                 signal.signal(number, signal.SIG_IGN)
             over.set()
             kill_processes_of(run_folder)
+            with contextlib.suppress(OSError):
+                (run_folder / MARK).touch()
             lock.truncate(0)
         if stopped:
             sys.stdout.flush()
             os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
 
 
+def full_disk(folder: Path, least: int) -> str:
+    """Say that the disk of a run's folder has less than so many bytes left; return "" if it has them."""
+    full = shutil.disk_usage(folder.parent).free < least
+    return f"the disk of {folder.parent} is full: make room, or choose another --workspace" if full else ""
+
+
+def lock_file(file: Path) -> TextIO:
+    """Open a run's lock file, or make it; never follow, wait for or empty anything else.
+
+    Raises:
+        OSError: something else has its name.
+    """
+    try:
+        lock = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+", errors="replace")
+    except OSError as error:
+        raise OSError(f"{file} can't be job.py's lock ({error.strerror}): move it, or choose another --workspace") from None
+    if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode) or not re.fullmatch(r"(\d+ \(job\.py\)\n)?", lock.read(100)):
+        raise OSError(f"{file} is no lock of job.py's, and was left alone: move it, or choose another --workspace")
+    lock.seek(0)
+    return lock
+
+
+def is_free(run_folder: Path) -> bool:
+    """Tell whether a run can have its folder: nothing is there, or what job.py made, or what leads elsewhere."""
+    made_by_job = (run_folder / MARK).is_file() or any(run_folder.glob(MODEL))
+    return run_folder.is_symlink() or made_by_job or not run_folder.exists()
+
+
 def keep_earlier_results(args: argparse.Namespace) -> None:
-    """Make room: rename the folder of an earlier run, which NVFlare 2.9.0 would delete; drop one without a result.
+    """Make room for a run: rename an earlier one's folder, or drop it if it has no result and nobody put anything in.
 
     A folder that holds args.initial_ckpt is kept, too, and args.initial_ckpt follows it.
+
+    Raises:
+        OSError: the folder is another program's, or can't be renamed.
     """
     run_folder, checkpoint = args.run_folder, args.initial_ckpt
+    if args.export:
+        return
+    if not is_free(run_folder):
+        raise OSError(f"{run_folder} was not made by job.py: move it, or choose another --workspace")
     wanted = checkpoint is not None and run_folder in checkpoint.parents
-    if any(run_folder.glob(MODEL)) or run_folder.is_symlink() or wanted:
+    if run_folder.is_symlink() or wanted or (run_folder.exists() and not is_worthless(run_folder)):
         time = datetime.fromtimestamp(run_folder.lstat().st_mtime)
-        kept = run_folder.with_name(f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}")
+        names = (f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}{again}" for again in itertools.chain([""], itertools.count()))
+        kept = next(path for path in map(run_folder.with_name, names) if not os.path.lexists(path))
         run_folder.rename(kept)
         print(f"The results of the run before are kept in {kept}", flush=True)
         if wanted:
             args.initial_ckpt = kept / checkpoint.relative_to(run_folder)
     elif run_folder.exists():
         shutil.rmtree(run_folder)
+    (run_folder / MARK).parent.mkdir(parents=True)
+    (run_folder / MARK).write_text("job.py deletes this folder if no round was completed, and no file is newer.\n")
+
+
+def is_worthless(run_folder: Path) -> bool:
+    """Tell whether a run completed no round, and nothing was changed in its folder since it ended."""
+    mark = run_folder / MARK
+    changes = (path.lstat().st_ctime_ns for path in run_folder.rglob("*"))
+    return mark.is_file() and not any(run_folder.glob(MODEL)) and max(changes) <= mark.lstat().st_ctime_ns
 
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:
@@ -139,8 +196,19 @@ def kill_processes_of(run_folder: Path) -> None:
         psutil.wait_procs(processes, timeout=1)
 
 
-def end_run_of_killed_site(run_folder: Path, over: threading.Event) -> None:
-    """Kill a run whose site's process died: NVFlare 2.9.0's simulator logs that, but waits for it for ever."""
+def watch(run_folder: Path, over: threading.Event) -> None:
+    """Kill a run whose site's process died: NVFlare 2.9.0's simulator logs that, but waits for it for ever.
+
+    Name the sites that a run waits for, each time that the wait has doubled.
+    """
+    patience = PATIENCE
     while not over.wait(1):
         if killed_site(run_folder):
             kill_processes_of(run_folder)
+        quiet = seconds_without_news(run_folder)
+        if quiet < PATIENCE:
+            patience = PATIENCE
+        elif quiet > patience:
+            patience *= 2
+            for line in sites_at_work(run_folder):
+                print(f"job.py: still waiting for {line}", file=sys.stderr, flush=True)
