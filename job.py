@@ -13,8 +13,9 @@ from data import add_data_flags, check_data_flags, class_counts, load_data, prep
 from model import SimpleNetwork
 from support.arguments import OneLineParser, check, command_line
 from support.environments import PocEnv, ProdEnv, SimEnv, python_of, refuse_parts, send_along
+from support.folder import keep_earlier_results
 from support.results import read_results
-from support.run import guarded, keep_earlier_results
+from support.run import guarded
 from support.summary import show_data, sum_up
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--workspace", default=WORKSPACE, metavar="DIR", help="where the results are kept (default: %(default)s)")
     flag("--json", metavar="FILE", help="write all that the summary says as a JSON document, too")
     args = parser.parse_args(argv)
-    check(args, parser, check_data_flags, SimpleNetwork())
+    check(args, parser, check_data_flags, SimpleNetwork)
     return args
 
 

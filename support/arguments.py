@@ -3,25 +3,30 @@
 import argparse
 import ast
 import contextlib
+import importlib.machinery
 import json
 import os
 import re
 import shlex
+import site
 import sys
 import tempfile
 import tokenize
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from support.run import is_free
+from support.failure import one_line
+from support.folder import is_free
 
 HERE = Path(__file__).resolve().parent.parent
 JOB_NAME = "hello-pt"
 GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"  # of SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two
+RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # modules, and no script's name
 RANGES = {"n_clients": (1, 100), "lr": (1e-9, 100), "seed": (0, 2**32 - 1)}  # both ends included
 RANGES |= dict.fromkeys(["num_rounds", "num_threads", "epochs", "batch_size"], (1, 1_000_000))
 
@@ -41,12 +46,12 @@ def command_line(args: argparse.Namespace, names: list[str], add_flags: Callable
     return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
 
 
-def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Callable, model: nn.Module) -> None:
+def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Callable, make_model: Callable) -> None:
     """Check and complete job.py's arguments; on a mistake exit with 2 and one line that says what is wrong.
 
     Args:
         check_data_flags: data.py's.
-        model: what --initial_ckpt should hold weights of.
+        make_model: returns the network that --initial_ckpt should hold weights of.
     """
     # NVFlare 2.9.0 takes these two flags out of sys.argv when it is imported, and obeys them in recipe.execute.
     args.export = "--export" in sys.orig_argv
@@ -54,7 +59,7 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
         for name, (low, high) in RANGES.items():
             if (value := vars(args)[name]) is not None and not low <= value <= high:  # so that nan fails, too
                 raise ValueError(f"argument --{name}: {value} is not from {low} to {high}")
-        find_places(args, model)
+        find_places(args, make_model)
         for mistaken, message in mistakes(args):
             if mistaken:
                 raise ValueError(message)
@@ -76,6 +81,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     unfit = [path for path in simulator if not args.export and re.search(r"""[\s'"#\\]""", path)]  # split as by a shell
     groups, gpus = len(re.findall(GPU_GROUP, args.gpu or "")), f"{GPU_GROUP}(,{GPU_GROUP})*"
     n_clients, num_threads = args.n_clients, args.num_threads or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     return [
         ("num_threads" in given and args.env != "sim", "--num_threads is for --env sim"),
         ("gpu" in given and args.env != "sim", "--gpu is for --env sim"),
@@ -96,15 +102,19 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (args.train_script.is_relative_to(args.run_folder), f"--train_script {in_run_folder}"),
         (args.json and args.json.is_relative_to(args.run_folder), f"--json {in_run_folder}"),
         (args.json in own, f"--json can't be {args.json}, which is job.py's own"),
+        (
+            not re.fullmatch(r"[1-9][0-9]{0,4}(,[1-9][0-9]{0,4})*", threads),
+            f"OMP_NUM_THREADS={threads!r} in the environment is no number of threads",
+        ),
         (unfit, f"NVFlare's simulator can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
     ]
 
 
-def find_places(args: argparse.Namespace, model: nn.Module) -> None:
+def find_places(args: argparse.Namespace, make_model: Callable[[], nn.Module]) -> None:
     """Check the files and folders one by one, and make their paths absolute."""
     kinds = {
         "train_script": client_script,
-        "initial_ckpt": lambda text: checkpoint(text, model),
+        "initial_ckpt": lambda text: checkpoint(text, make_model),
         "workspace": workspace_folder,
         "json": json_file,
     }
@@ -117,6 +127,7 @@ def find_places(args: argparse.Namespace, model: nn.Module) -> None:
             except ValueError as error:
                 raise ValueError(f"argument --{name}: {error}") from error
     args.train_script, args.evaluates = args.train_script
+    args.startup_kit = args.startup_kit and args.startup_kit.absolute()
     args.run_folder = args.workspace / JOB_NAME
 
 
@@ -136,6 +147,8 @@ def client_script(text: str) -> tuple[Path, bool]:
         raise ValueError(f"there is no Python file {text!r}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"{text!r} is not valid Python: {error}") from error
+    if script.stem in RESERVED or importlib.machinery.PathFinder.find_spec(script.stem, site.getsitepackages()):
+        raise ValueError(f"{text!r} has the name of a module that the job needs: rename the script")
     model = script.with_name("model.py")
     if model.exists() and not model.samefile(HERE / "model.py"):  # a job holds one module of a name
         raise ValueError(f"{text!r} has another model.py beside it: move the script, or run that folder's job.py")
@@ -143,35 +156,43 @@ def client_script(text: str) -> tuple[Path, bool]:
     return script, any(call.split(".")[-1] == "is_evaluate" for call in calls)
 
 
-def checkpoint(text: str, model: nn.Module) -> Path:
+def checkpoint(text: str, make_model: Callable[[], nn.Module]) -> Path:
     """Check that a file holds finite weights of a model; no code in it is run."""
     file = Path(os.path.realpath(text))
     if not file.is_file() or file.suffix == ".py":  # the job holds it under its name, beside the scripts
         raise ValueError(f"there is no checkpoint file {text!r}")
+    model = make_model()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             weights = torch.load(file, map_location="cpu", weights_only=True)
-            weights = weights.get("model", weights)
-            model.load_state_dict(weights)
-            finite = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values())
+        weights = weights.get("model", weights)
     except Exception as error:  # whatever a file may raise that isn't a checkpoint
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{text!r} holds no weights of {type(model).__name__}: {reason}") from error
-    if not finite:
+        kind = "is no file of torch.save's, or damaged" if file.stat().st_size else "is empty"
+        kind = "holds something else than weights, such as a whole model" if zipfile.is_zipfile(file) else kind
+        raise ValueError(f"{text!r} {kind}: write one with torch.save(model.state_dict(), FILE)") from error
+    try:
+        model.load_state_dict(weights)
+        finite = all(tensor.is_floating_point() for tensor in weights.values())
+    except Exception as error:
+        raise ValueError(f"{text!r} holds no weights of {type(model).__name__}: {one_line(str(error))}") from error
+    if not finite or not all(
+        tensor.isfinite().all() for tensor in model.state_dict().values()
+    ):  # as the model has them
         raise ValueError(f"{text!r} holds weights that are not finite floating-point numbers")
     return file
 
 
-def usable_folder(text: str, rights: int = os.W_OK | os.X_OK) -> Path:
-    """Return the path of a folder that is there, with these rights, or can be made."""
+def usable_folder(text: str, writable: bool = True) -> Path:
+    """Return the path of a folder that is there and can be used, or that can be made."""
     try:
         folder = Path(text).expanduser().resolve()
         with contextlib.suppress(FileNotFoundError):
             folder.stat()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        needed = rights if existing == folder else os.W_OK | os.X_OK
-        usable = bool(text) and existing.is_dir() and os.access(existing, needed)
+        usable = bool(text) and existing.is_dir() and os.access(existing, os.X_OK)
+        if usable and (writable or existing != folder):
+            tempfile.TemporaryFile(dir=existing).close()  # root may do everything, but not in /proc
     except (OSError, RuntimeError, ValueError):  # among them: a name too long, a link to itself, a user unknown
         usable = False
     if not usable:
@@ -183,7 +204,7 @@ def data_folder(text: str) -> str:
     folder = os.path.expandvars(text)
     if "$" in folder:
         raise ValueError(f"a variable in {text!r} is not set")
-    return str(usable_folder(folder, rights=os.X_OK))  # data that is there needs no writing
+    return str(usable_folder(folder, writable=False))  # data that is there needs no writing
 
 
 def workspace_folder(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""What if standard input, output or errors are not there, or can't be written? What do a simulation's processes print?"""
+"""What do a simulation's processes print, and what if nobody is there to read it, or it can't be written?"""
 
 import contextlib
 import os

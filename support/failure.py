@@ -70,11 +70,14 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     log = min(first_errors, key=first_errors.get)
     site = next(part for part in log.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
     printed = [record["message"] for record in logs[log] if record["name"] == TRAINER]
-    logged = [line for record in errors(logs[log]) for line in record["message"].splitlines()]
-    reason = last_exception(printed) or last_exception(logged) or one_line(logged[0])
-    if found := re.search(r"trainer process.* exited \(rc=(-?\d+)\)", reason):
-        said = [line for line in printed if line.strip() and not re.search("launching external trainer|terminating", line)]
-        reason = f"its script ended with status {found[1]}" + (f": {one_line(said[-1])}" if said else ", and said nothing")
+    logged = [record["message"] for record in errors(logs[log])]
+    raised = (last_exception(message.splitlines()) for message in logged)
+    reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
+    if found := re.search(
+        r"trainer process.* exited \(rc=(-?\d+)\)", reason
+    ):  # "before completing the HELLO handshake"
+        said = [line for line in printed if line.strip() and not re.match("launching|terminating", line)]
+        reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
     if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):
         site = found[1]
         if found[2] != "TASK_RESULT_FILTER_ERROR":  # which the server logs itself: see whole_models.py
@@ -108,7 +111,7 @@ def errors(records: list[dict]) -> list[dict]:
 
 
 def last_exception(lines: list[str]) -> str | None:
-    """Return the exception of the last traceback, with its message in one line, and the user's own line that led to it."""
+    """Return the exception of the last traceback in one line, with the place in a user's own code that led to it."""
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     if not starts:
         return None

@@ -1,6 +1,6 @@
 """What holds before, during and after a run?
 
-- One run at a time in a workspace; the results of the run before are kept under another name; nothing else is touched.
+- One run at a time in a workspace.
 - Whatever fails ends in one line. A client's process that dies ends the run, one that is slow is named.
 - However job.py ends, short of SIGKILL, no process of the run is left behind.
 """
@@ -8,27 +8,20 @@
 import argparse
 import contextlib
 import fcntl
-import itertools
 import os
-import re
-import shutil
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 import psutil  # comes with nvflare
 
 from support.console import failure_of_output, open_streams
 from support.failure import JobFailed, describe, killed_site, reason_of_failure, seconds_without_news, sites_at_work
+from support.folder import FREE_SPACE, MARK, MODEL, full_disk, lock_file
 
-MODEL = "server/**/app_server/FL_global_model.pt"  # there once a round is complete
-MARK = "local/made-by-job.py"  # in a run's folder, where NVFlare 2.9.0's simulator deletes all but local and startup
-FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
+HERE = Path(__file__).resolve().parent.parent
 PATIENCE = 60  # seconds without a result, after which the sites that are at work are named
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
@@ -92,6 +85,7 @@ def only_run(run_folder: Path) -> Iterator[None]:
 
         exit_on_signals()
         os.environ[RUN_VARIABLE] = str(run_folder)
+        find_own_modules()
         over = threading.Event()
         threading.Thread(target=watch, args=(run_folder, over), daemon=True).start()
         stopped = None
@@ -115,67 +109,10 @@ def only_run(run_folder: Path) -> Iterator[None]:
             os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
 
 
-def full_disk(folder: Path, least: int) -> str:
-    """Say that the disk of a run's folder has less than so many bytes left; return "" if it has them."""
-    full = shutil.disk_usage(folder.parent).free < least
-    return f"the disk of {folder.parent} is full: make room, or choose another --workspace" if full else ""
-
-
-def lock_file(file: Path) -> TextIO:
-    """Open a run's lock file, or make it; never follow, wait for or empty anything else.
-
-    Raises:
-        OSError: something else has its name.
-    """
-    try:
-        lock = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+", errors="replace")
-    except OSError as error:
-        raise OSError(f"{file} can't be job.py's lock ({error.strerror}): move it, or choose another --workspace") from None
-    if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode) or not re.fullmatch(r"(\d+ \(job\.py\)\n)?", lock.read(100)):
-        raise OSError(f"{file} is no lock of job.py's, and was left alone: move it, or choose another --workspace")
-    lock.seek(0)
-    return lock
-
-
-def is_free(run_folder: Path) -> bool:
-    """Tell whether a run can have its folder: nothing is there, or what job.py made, or what leads elsewhere."""
-    made_by_job = (run_folder / MARK).is_file() or any(run_folder.glob(MODEL))
-    return run_folder.is_symlink() or made_by_job or not run_folder.exists()
-
-
-def keep_earlier_results(args: argparse.Namespace) -> None:
-    """Make room for a run: rename an earlier one's folder, or drop it if it has no result and nobody put anything in.
-
-    A folder that holds args.initial_ckpt is kept, too, and args.initial_ckpt follows it.
-
-    Raises:
-        OSError: the folder is another program's, or can't be renamed.
-    """
-    run_folder, checkpoint = args.run_folder, args.initial_ckpt
-    if args.export:
-        return
-    if not is_free(run_folder):
-        raise OSError(f"{run_folder} was not made by job.py: move it, or choose another --workspace")
-    wanted = checkpoint is not None and run_folder in checkpoint.parents
-    if run_folder.is_symlink() or wanted or (run_folder.exists() and not is_worthless(run_folder)):
-        time = datetime.fromtimestamp(run_folder.lstat().st_mtime)
-        names = (f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}{again}" for again in itertools.chain([""], itertools.count()))
-        kept = next(path for path in map(run_folder.with_name, names) if not os.path.lexists(path))
-        run_folder.rename(kept)
-        print(f"The results of the run before are kept in {kept}", flush=True)
-        if wanted:
-            args.initial_ckpt = kept / checkpoint.relative_to(run_folder)
-    elif run_folder.exists():
-        shutil.rmtree(run_folder)
-    (run_folder / MARK).parent.mkdir(parents=True)
-    (run_folder / MARK).write_text("job.py deletes this folder if no round was completed, and no file is newer.\n")
-
-
-def is_worthless(run_folder: Path) -> bool:
-    """Tell whether a run completed no round, and nothing was changed in its folder since it ended."""
-    mark = run_folder / MARK
-    changes = (path.lstat().st_ctime_ns for path in run_folder.rglob("*"))
-    return mark.is_file() and not any(run_folder.glob(MODEL)) and max(changes) <= mark.lstat().st_ctime_ns
+def find_own_modules() -> None:
+    """Let the server find this model.py and no other: NVFlare 2.9.0 puts a job's code behind all else in sys.path."""
+    os.chdir(HERE)  # where `python -m`, which starts the server, looks first
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:

@@ -4,8 +4,6 @@ Of a tensor that a site leaves out, NVFlare 2.9.0's FedAvg takes the mean of the
 number of steps that is none counts as 1; and a global model of the sites that answered replaces that of all.
 """
 
-import numbers
-
 import torch
 from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
@@ -24,29 +22,34 @@ class WholeLocalModels(Filter):
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         if shareable.get_return_code() == ReturnCode.OK:
             model = from_shareable(shareable)
-            is_model = model.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)
             wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-            check_weights(model.data if is_model else {}, wanted)
+            check_weights(model.data if model.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF) else {}, wanted)
             check_steps(model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND))
         return shareable
 
 
 def check_weights(weights: dict, wanted: dict) -> None:
-    """Raise ValueError if a local model, or its difference to the global one, lacks a number that the global one has."""
+    """Raise ValueError if a local model, or its difference to the global one, lacks what the global one has."""
     if missing := [name for name in wanted if name not in weights]:
-        raise ValueError(f"the local model lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}")
+        raise ValueError(f"its local model lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}")
+    if unknown := [name for name in weights if name not in wanted]:
+        raise ValueError(f"its local model has {unknown[0]}, which the global model doesn't have")
     for name, value in wanted.items():
         local, value = torch.as_tensor(weights[name]), torch.as_tensor(value)
         if local.shape != value.shape:
-            raise ValueError(f"the local model's {name} has the shape {tuple(local.shape)}, not {tuple(value.shape)}")
+            raise ValueError(f"its local model's {name} has the shape {tuple(local.shape)}, not {tuple(value.shape)}")
         if value.isfinite().all() and not local.isfinite().all():
-            raise ValueError(f"the local model's {name} isn't finite: training diverged, try a smaller --lr")
+            raise ValueError(f"its local model's {name} isn't finite: training diverged, try a smaller --lr")
 
 
 def check_steps(steps: object) -> None:
-    """Raise ValueError if FedAvg's weight of a site is no positive number; a site may leave it out, and counts as 1."""
-    if steps is not None and not (isinstance(steps, numbers.Real) and 0 < steps < float("inf")):
-        raise ValueError(f"NUM_STEPS_CURRENT_ROUND is {steps!r}, which is no positive number")
+    """Raise ValueError if FedAvg's weight of a site is no positive number. Without one, a site counts as one step."""
+    try:
+        number = 1 if steps is None else float(steps)
+    except (TypeError, ValueError):
+        number = 0
+    if isinstance(steps, bool) or not 0 < number < float("inf"):
+        raise ValueError(f"its NUM_STEPS_CURRENT_ROUND is {steps!r}, which is no positive number")
 
 
 class WholeGlobalModels(PersistorFilter):
