@@ -19,21 +19,22 @@ def open_streams() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # of a path that the encoding doesn't have
 
 
-def failure_of_output() -> str:
-    """Return why standard output can't be written, "" if it can; then let Python's last flush go nowhere."""
-    try:
-        sys.stdout.flush()
-        return ""
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return f"can't write to standard output: {error.strerror}"
+def failure_of_output(error: Exception) -> str:
+    """Return why standard output can't be written, if that is what an exception says; let what is left go nowhere."""
+    if isinstance(error, OSError) and error.errno and not error.filename:
+        try:
+            os.write(1, b"\n")  # Python drops what it could not write, and says no more
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return f"can't write to standard output: {error.strerror}"
+    return ""
 
 
 @contextlib.contextmanager
 def relayed(stop: Callable[[], None]) -> Iterator[None]:
-    """Print what processes print that are started in here; call `stop` if they can't write their logs, or we can't.
+    """Print what processes print that are started in here, but not NVFlare's tracebacks: its log files have them.
 
-    Left alone, NVFlare's logging answers each record that it can't write with a traceback of some 30 lines.
+    Its logging answers each record that it can't write with one more; then, or if we can't print, `stop` is called.
 
     Raises:
         OSError: something could not be written.
@@ -43,16 +44,17 @@ def relayed(stop: Callable[[], None]) -> Iterator[None]:
     failures, over = [], threading.Event()
 
     def relay():
-        swallowed = False  # in one of logging's tracebacks
+        level = b"INFO"
         for line in open(reading, "rb"):  # noqa: SIM115
-            if line.startswith(b"--- Logging error ---"):
-                swallowed = True
-            elif swallowed:
-                swallowed = not line.startswith(b"Arguments: ")
-                if (found := re.search(rb"\[Errno \d+\] ([^:\n]*)", line)) and not failures:
-                    failures.append(f"can't write NVFlare's logs: {found[1].decode()}")
+            if found := re.match(rb"\d{4}-\d\d-\d\d [\d:,]+ - ([A-Z]+) - |--- Logging error", line):
+                level = found[1]
+            if level in (b"ERROR", b"CRITICAL") or failures:
+                continue
+            if level is None:
+                if reason := re.search(rb"\[Errno \d+\] ([^:\n]*)", line):
+                    failures.append(f"can't write NVFlare's logs: {reason[1].decode()}")
                     stop()
-            elif not over.is_set() and not failures:
+            elif not over.is_set():
                 try:
                     os.write(outputs[0], line)
                 except OSError as error:

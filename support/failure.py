@@ -79,9 +79,8 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
         said = [line for line in printed if line.strip() and not re.match("launching|terminating", line)]
         reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
     if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):
-        site = found[1]
-        if found[2] != "TASK_RESULT_FILTER_ERROR":  # which the server logs itself: see whole_models.py
-            reason = f"{found[2]}, of which its own log says more"
+        site, refused = found[1], found[2] == "TASK_RESULT_FILTER_ERROR"  # by whole_models.py
+        reason = reason.removeprefix("ValueError: ") if refused else f"{found[2]}, of which its own log says more"
     return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
 
 
@@ -112,6 +111,8 @@ def errors(records: list[dict]) -> list[dict]:
 
 def last_exception(lines: list[str]) -> str | None:
     """Return the exception of the last traceback in one line, with the place in a user's own code that led to it."""
+    if full := [line for line in lines if re.match(r"OSError: \[Errno (27|28)\]", line)]:
+        return one_line(full[0])  # of which the exception of torch.save that follows says nothing
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     if not starts:
         return None

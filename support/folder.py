@@ -1,4 +1,4 @@
-"""Whose is a run's folder? Only what job.py made is ever removed: results are kept under another name, the rest is let be."""
+"""Whose is a run's folder? Only what job.py made is ever removed: results get another name, and the rest is let be."""
 
 import argparse
 import os

@@ -37,7 +37,7 @@ def guarded(args: argparse.Namespace) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except Exception as error:
-        reason = failure_of_output() or (not args.export and full_disk(args.run_folder, least=1_000_000))
+        reason = failure_of_output(error) or (not args.export and full_disk(args.run_folder, least=1_000_000))
         if not reason and isinstance(error, JobFailed):
             reason = reason_of_failure(args.run_folder, error)
         sys.exit(f"job.py: error: {reason or describe(error)}")
