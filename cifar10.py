@@ -63,8 +63,11 @@ def load_cifar10(root: Path) -> tuple[Images, Images]:
                 if (parts := map_decoded(root)) is None:
                     parts = download_and_decode(root)
                     unfinished = root / f"{DECODED_FILE}.unfinished"
-                    torch.save(parts, unfinished)
-                    unfinished.replace(root / DECODED_FILE)
+                    try:
+                        torch.save(parts, unfinished)
+                        unfinished.replace(root / DECODED_FILE)
+                    finally:
+                        unfinished.unlink(missing_ok=True)
         except DataError:
             raise
         except (OSError, RuntimeError) as error:

@@ -12,9 +12,10 @@ from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_eva
 from data import add_data_flags, check_data_flags, load_data, prepare_data
 from model import KEY_METRIC, create_model
 from support.arguments import OneLineParser, check, command_line
-from support.environments import PocEnv, ProdEnv, SimEnv, python_of, send_along
+from support.environments import PocEnv, ProdEnv, SimEnv, python_of, refuse_parts, send_along
+from support.folder import keep_earlier_results
 from support.results import read_results
-from support.run import guarded, keep_earlier_results
+from support.run import guarded
 from support.summary import show_data, sum_up
 
 HERE = Path(__file__).resolve().parent
@@ -69,6 +70,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         key_metric_mode=mode,
     )
     send_along(recipe, args.train_script)
+    refuse_parts(recipe, min_sites=args.n_clients)
     add_experiment_tracking(recipe, "tensorboard")
     if args.cross_site_eval:
         add_cross_site_evaluation(recipe)

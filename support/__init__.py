@@ -1,8 +1,11 @@
 """What surrounds a run. You need nothing in here to understand federated learning.
 
 arguments.py     Is the command line right?
-run.py           What holds before, during and after a run? One run a workspace, nothing lost, nothing left running.
+run.py           What holds before, during and after a run? One run a workspace, nothing left running.
+folder.py        Whose is a run's folder? Nothing is lost.
 failure.py       Which site failed, and why?
+console.py       What do a simulation's processes print, and what if it can't be written?
+whole_models.py  What does the server refuse? The one module that travels.
 environments.py  Where does it run? What NVFlare's SimEnv, PocEnv and ProdEnv need to run well.
 results.py       What did NVFlare leave?
 summary.py       How is it shown?

@@ -3,23 +3,29 @@
 import argparse
 import ast
 import contextlib
+import importlib.machinery
 import json
 import os
 import re
 import shlex
+import site
 import sys
 import tempfile
 import tokenize
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+
+from support.failure import one_line
+from support.folder import is_free
 
 HERE = Path(__file__).resolve().parent.parent
 JOB_NAME = "hello-pt"
 GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"  # of SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two
+RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # modules, and no script's name
 RANGES = {"n_clients": (1, 100), "lr": (1e-9, 100), "seed": (0, 2**32 - 1)}  # both ends included
 RANGES |= dict.fromkeys(["num_rounds", "num_threads", "epochs", "batch_size"], (1, 1_000_000))
 
@@ -82,6 +88,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     unfit = [path for path in simulator if not args.export and re.search(r"""[\s'"#\\]""", path)]  # split as by a shell
     groups, gpus = len(re.findall(GPU_GROUP, args.gpu or "")), f"{GPU_GROUP}(,{GPU_GROUP})*"
     n_clients, num_threads = args.n_clients, args.num_threads or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     return [
         ("num_threads" in given and args.env != "sim", "--num_threads is for --env sim"),
         ("gpu" in given and args.env != "sim", "--gpu is for --env sim"),
@@ -102,6 +109,10 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (args.train_script.is_relative_to(args.run_folder), f"--train_script {in_run_folder}"),
         (args.json and args.json.is_relative_to(args.run_folder), f"--json {in_run_folder}"),
         (args.json in own, f"--json can't be {args.json}, which is job.py's own"),
+        (
+            not re.fullmatch(r"[1-9][0-9]{0,4}(,[1-9][0-9]{0,4})*", threads),
+            f"OMP_NUM_THREADS={threads!r} in the environment is no number of threads",
+        ),
         (unfit, f"NVFlare's simulator can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
     ]
 
@@ -111,7 +122,7 @@ def find_places(args: argparse.Namespace, create_model: Callable) -> None:
     kinds = {
         "train_script": client_script,
         "train_args": shell_words,
-        "initial_ckpt": lambda text: checkpoint(text, create_model()),
+        "initial_ckpt": lambda text: checkpoint(text, create_model),
         "workspace": workspace_folder,
         "json": json_file,
     }
@@ -124,6 +135,7 @@ def find_places(args: argparse.Namespace, create_model: Callable) -> None:
             except ValueError as error:
                 raise ValueError(f"argument --{name}: {error}") from error
     args.train_script, args.evaluates = args.train_script
+    args.startup_kit = args.startup_kit and args.startup_kit.absolute()
     args.run_folder = args.workspace / JOB_NAME
 
 
@@ -143,6 +155,8 @@ def client_script(text: str) -> tuple[Path, bool]:
         raise ValueError(f"there is no Python file {text!r}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"{text!r} is not valid Python: {error}") from error
+    if script.stem in RESERVED or importlib.machinery.PathFinder.find_spec(script.stem, site.getsitepackages()):
+        raise ValueError(f"{text!r} has the name of a module that the job needs: rename the script")
     model = script.with_name("model.py")
     if model.exists() and not model.samefile(HERE / "model.py"):  # a job holds one module of a name
         raise ValueError(f"{text!r} has another model.py beside it: move the script, or run that folder's job.py")
@@ -156,33 +170,40 @@ def shell_words(text: str) -> str:
     return text
 
 
-def checkpoint(text: str, model: nn.Module) -> Path:
+def checkpoint(text: str, create_model: Callable) -> Path:
     """Check that a file holds finite weights of a model; no code in it is run."""
     file = Path(os.path.realpath(text))
     if not file.is_file() or file.suffix == ".py":  # the job holds it under its name, beside the scripts
         raise ValueError(f"there is no checkpoint file {text!r}")
+    model = create_model()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             weights = torch.load(file, map_location="cpu", weights_only=True)
-            model.load_state_dict(weights.get("model", weights))  # and so, with the model's types
+        weights = weights.get("model", weights)
     except Exception as error:  # whatever a file may raise that isn't a checkpoint
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{text!r} holds no weights of {type(model).__name__}: {reason}") from error
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError(f"{text!r} holds weights that are not finite, as numbers of {type(model).__name__}")
+        kind = "is no file of torch.save's, or damaged" if file.stat().st_size else "is empty"
+        kind = "holds something else than weights, such as a whole model" if zipfile.is_zipfile(file) else kind
+        raise ValueError(f"{text!r} {kind}: write one with torch.save(model.state_dict(), FILE)") from error
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:
+        raise ValueError(f"{text!r} holds no weights of {type(model).__name__}: {one_line(str(error))}") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):  # as numbers of the model's types
+        raise ValueError(f"{text!r} holds weights that are not finite")
     return file
 
 
-def usable_folder(text: str, rights: int = os.W_OK | os.X_OK) -> Path:
-    """Return the path of a folder that is there, with these rights, or can be made."""
+def usable_folder(text: str, writable: bool = True) -> Path:
+    """Return the path of a folder that is there and can be used, or that can be made."""
     try:
         folder = Path(text).expanduser().resolve()
         with contextlib.suppress(FileNotFoundError):
             folder.stat()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        needed = rights if existing == folder else os.W_OK | os.X_OK
-        usable = bool(text) and existing.is_dir() and os.access(existing, needed)
+        usable = bool(text) and existing.is_dir() and os.access(existing, os.X_OK)
+        if usable and (writable or existing != folder):
+            tempfile.TemporaryFile(dir=existing).close()  # root may do everything, but not in /proc
     except (OSError, RuntimeError, ValueError):  # among them: a name too long, a link to itself, a user unknown
         usable = False
     if not usable:
@@ -195,20 +216,17 @@ def data_folder(text: str, sites: list[str]) -> str:
     folder = os.path.expandvars(text)
     if "$" in folder:
         raise ValueError(f"a variable in {text!r} is not set")
-    for site in sites:
-        usable_folder(folder.replace("{site}", site), rights=os.X_OK)  # data that is there needs no writing
+    for name in sites:
+        usable_folder(folder.replace("{site}", name), writable=False)  # data that is there needs no writing
     return str(Path(folder).expanduser().resolve())
 
 
 def workspace_folder(text: str) -> Path:
-    """Check that a simulation can use a folder, and that it is the only one to use what is in it."""
+    """Check that a run can use a folder, and that nothing in it has the name that the run's own folder will have."""
     folder = usable_folder(text)
     run_folder = folder / JOB_NAME
-    if run_folder.is_symlink() or not run_folder.exists():
-        return folder
-    known = r"local|startup|poc|server|site-\d+"
-    if not run_folder.is_dir() or not all(re.fullmatch(known, path.name) for path in run_folder.iterdir()):
-        raise ValueError(f"{run_folder} is not a simulation's folder, and would be lost: move it, or choose another")
+    if not is_free(run_folder):
+        raise ValueError(f"{run_folder} was not made by job.py: move it, or choose another folder")
     return folder
 
 

@@ -19,8 +19,12 @@ from nvflare.fuel.utils.log_utils import concise_log_dict
 from nvflare.job_config.api import FedJob
 from nvflare.recipe.spec import Recipe
 
+from support.console import relayed
 from support.failure import JobFailed
+from support.run import kill_processes_of
+from support.whole_models import WholeGlobalModels, WholeLocalModels
 
+HERE = Path(__file__).resolve().parent.parent
 POC_PORT = 8002  # of the server, by NVFlare's default
 LOGIN_TIMEOUT = 20  # seconds
 LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back
@@ -29,10 +33,16 @@ LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, an
 def send_along(recipe: Recipe, script: Path) -> None:
     """Send the modules that a client script needs to the sites with it, from beside it or else from here."""
     # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to its path below an entry of sys.path.
-    sys.path.insert(0, str(script.parent))
+    sys.path.append(str(script.parent))
     for module in ("data.py", "cifar10.py", "model.py"):
         if not (script.parent / module).exists():
-            recipe.add_client_file(str(Path(__file__).resolve().parents[1] / module))
+            recipe.add_client_file(str(HERE / module))
+
+
+def refuse_parts(recipe: Recipe, min_sites: int) -> None:
+    """Let the server refuse local models that aren't whole, and global models of fewer sites."""
+    recipe.add_server_input_filter(WholeLocalModels(), tasks=["train"])
+    recipe._job.to_server(WholeGlobalModels(min_sites), id="whole_global_models")  # as NVFlare 2.9.0's recipe.utils do
 
 
 def python_of(args: argparse.Namespace) -> str:
@@ -59,7 +69,8 @@ class SimEnv(nvflare.recipe.SimEnv):
         self.log_config = str(self.quiet_console())
         print(f"NVFlare's logs: {self.run_folder}/*/log.txt", flush=True)
         try:
-            return super().deploy(job)
+            with relayed(stop=lambda: kill_processes_of(self.run_folder)):
+                return super().deploy(job)
         except RuntimeError as error:
             raise JobFailed(error) from error
 

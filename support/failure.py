@@ -3,9 +3,12 @@
 import contextlib
 import json
 import re
+import time
+import traceback
+from datetime import datetime
 from pathlib import Path
 
-SERVER_LOGS = ["server/log.json", "server/*/workspace/log.json", "poc/*/*/server/log.json"]
+SERVER_LOGS = ["server/log.json", "server/*/workspace/log.json", "poc/*/*/server/*/log.json", "poc/*/*/server/log.json"]
 LOGS = ["*/log.json", "server/*/workspace/log.json", "poc/*/*/*/*/log.json"]  # simulated, downloaded, on this machine
 TRAINER = "ExternalProcessBackend"  # the logger of what a client script prints
 
@@ -26,14 +29,40 @@ def killed_site(run_folder: Path) -> str | None:
     return None
 
 
+def seconds_without_news(run_folder: Path) -> float:
+    """Return how long a run's server has logged nothing: no task that it gave out, no result that it got."""
+    logs = server_logs(run_folder)
+    return time.time() - max(log.stat().st_mtime for log in logs) if logs else 0
+
+
+def sites_at_work(run_folder: Path) -> list[str]:
+    """Say of each site that owes the server a result for which task, and for how long."""
+    at_work = {}
+    for record in (record for log in server_logs(run_folder)[:1] for record in read_log(log)):
+        message, since = record["message"], datetime.strptime(record["asctime"], "%Y-%m-%d %H:%M:%S,%f")
+        if found := re.search(r"Round (\d+) started", message):
+            round_number = found[1]
+        elif found := re.match(r"Sending task (\w+) to \[(.*)\]", message):
+            at_work.update(dict.fromkeys(re.findall(r"[\w-]+", found[2]), (found[1], since)))
+        elif found := re.search(r"assigned task to client (\S+): name=(\w+)", message):
+            at_work[found[1]] = found[2], since
+        elif found := re.search(r"got result from client (\S+) for", message):
+            at_work.pop(found[1], None)
+    lines = []
+    for site, (task, since) in sorted(at_work.items()):
+        what = f"round {round_number}" if task == "train" else f"the task {task}"
+        minutes = (datetime.now() - since).total_seconds() / 60
+        lines.append(f"{site}: at work on {what} for {minutes:.0f} min")
+    return lines
+
+
 def reason_of_failure(run_folder: Path, error: Exception) -> str:
     """Say which site failed first, why, and where its log is."""
     if site := killed_site(run_folder):
         return f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})"
-    server_log = next((log for place in SERVER_LOGS for log in run_folder.glob(place)), None)
     of_server = f"server failed: {str(error).partition('. ')[0]}"
-    if server_log:
-        of_server += f" (see {server_log.with_suffix('.txt')})"
+    if found := server_logs(run_folder):
+        of_server += f" (see {found[0].with_suffix('.txt')})"
     logs = {log: read_log(log) for place in LOGS for log in run_folder.glob(place)}
     first_errors = {log: found[0]["asctime"] for log, records in logs.items() if (found := errors(records))}
     if not first_errors or "return code -" in str(error):  # the server's process died
@@ -41,11 +70,29 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     log = min(first_errors, key=first_errors.get)
     site = next(part for part in log.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
     printed = [record["message"] for record in logs[log] if record["name"] == TRAINER]
-    logged = [line for record in errors(logs[log]) for line in record["message"].splitlines()]
-    reason = last_exception(printed) or last_exception(logged) or logged[0]
-    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", reason):  # of a site elsewhere
-        site, reason = found[1], f"{found[2]}, of which its own log says more"
+    logged = [record["message"] for record in errors(logs[log])]
+    raised = (last_exception(message.splitlines()) for message in logged)
+    reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
+    if found := re.search(
+        r"trainer process.* exited \(rc=(-?\d+)\)", reason
+    ):  # "before completing the HELLO handshake"
+        said = [line for line in printed if line.strip() and not re.match("launching|terminating", line)]
+        reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
+    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):
+        site, refused = found[1], found[2] == "TASK_RESULT_FILTER_ERROR"  # by whole_models.py
+        reason = reason.removeprefix("ValueError: ") if refused else f"{found[2]}, of which its own log says more"
     return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
+
+
+def describe(error: Exception) -> str:
+    """Say in one line what an exception in this process means, and which line of a user's own code it comes from."""
+    if isinstance(error, OSError) and error.errno is None:
+        return one_line(str(error))  # written for people
+    return last_exception("".join(traceback.format_exception(error)).splitlines())
+
+
+def server_logs(run_folder: Path) -> list[Path]:
+    return [log for place in SERVER_LOGS for log in run_folder.glob(place)]
 
 
 def read_log(log: Path) -> list[dict]:
@@ -63,9 +110,21 @@ def errors(records: list[dict]) -> list[dict]:
 
 
 def last_exception(lines: list[str]) -> str | None:
-    """Return the line of the last traceback that names its exception: the first one that is not indented."""
-    exception = None
-    for i, line in enumerate(lines):
-        if line.startswith("Traceback (most recent call last)"):
-            exception = next((text for text in lines[i + 1 :] if text and not text.startswith(" ")), None)
-    return exception
+    """Return the exception of the last traceback in one line, with the place in a user's own code that led to it."""
+    if full := [line for line in lines if re.match(r"OSError: \[Errno (27|28)\]", line)]:
+        return one_line(full[0])  # of which the exception of torch.save that follows says nothing
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not starts:
+        return None
+    body = lines[starts[-1] + 1 :]
+    end = next((i for i, line in enumerate(body) if line and not line.startswith(" ")), len(body))
+    calls = [re.match(r' *File "(.+)", line (\d+)', line) for line in body[:end]]
+    own = [call for call in calls if call and not re.search(r"/lib/python3|/support/|/job\.py$|^<", call[1])]
+    where = f" ({Path(own[-1][1]).name}:{own[-1][2]})" if own else ""
+    return one_line(" ".join(body[end : end + 4])) + where
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return a text without line ends and terminal codes, cut to a length."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    return text if len(text) <= most else text[:most] + " ..."

@@ -1,7 +1,7 @@
 """What holds before, during and after a run?
 
-- One run at a time in a workspace; the results of the run before are kept under another name.
-- Whatever fails ends in one line. A client's process that dies ends the run.
+- One run at a time in a workspace.
+- Whatever fails ends in one line. A client's process that dies ends the run, one that is slow is named.
 - However job.py ends, short of SIGKILL, no process of the run is left behind.
 """
 
@@ -9,34 +9,38 @@ import argparse
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 
 import psutil  # comes with nvflare
 
-from support.failure import JobFailed, killed_site, reason_of_failure
+from support.console import failure_of_output, open_streams
+from support.failure import JobFailed, describe, killed_site, reason_of_failure, seconds_without_news, sites_at_work
+from support.folder import FREE_SPACE, MARK, MODEL, full_disk, lock_file
 
-MODEL = "server/**/app_server/FL_global_model.pt"  # there once a round is complete
-FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
+HERE = Path(__file__).resolve().parent.parent
+PATIENCE = 60  # seconds without a result, after which the sites that are at work are named
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
 
 @contextlib.contextmanager
 def guarded(args: argparse.Namespace) -> Iterator[None]:
-    """Guard a run, or an export, which needs less: what is expected to fail ends in one line, with status 1."""
-    expected = (OSError, RuntimeError) if args.export else OSError  # NVFlare raises the second one in an export
+    """Guard a run, or an export, which needs less: what fails ends in one line, with status 1."""
+    open_streams()
     try:
-        with contextlib.nullcontext() if args.export else only_run(args.run_folder):
-            yield
-    except JobFailed as error:
-        sys.exit(f"job.py: error: {reason_of_failure(args.run_folder, error)}")
-    except expected as error:
-        sys.exit("job.py: error: " + " ".join(str(error).split()))
+        try:
+            with contextlib.nullcontext() if args.export else only_run(args.run_folder):
+                yield
+        finally:
+            sys.stdout.flush()
+    except Exception as error:
+        reason = failure_of_output(error) or (not args.export and full_disk(args.run_folder, least=1_000_000))
+        if not reason and isinstance(error, JobFailed):
+            reason = reason_of_failure(args.run_folder, error)
+        sys.exit(f"job.py: error: {reason or describe(error)}")
 
 
 class Stopped(SystemExit):
@@ -65,25 +69,25 @@ def only_run(run_folder: Path) -> Iterator[None]:
         OSError: the workspace can't be made or written; or another job.py runs there, or what a killed one left.
     """
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(run_folder.parent).free < FREE_SPACE:
-        raise OSError(f"the disk of {run_folder.parent} is full: make room, or choose another --workspace")
-    with open(run_folder.with_suffix(".lock"), "a+") as lock:
+    if full := full_disk(run_folder, least=FREE_SPACE):
+        raise OSError(full)
+    with lock_file(run_folder.with_suffix(".lock")) as lock:
         at_work = f"is at work in {run_folder}: wait for its end, or choose another --workspace"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            raise OSError(f"process {lock.read().strip()} (job.py) {at_work}") from None
+            raise OSError(f"process {lock.read().strip()} {at_work}") from None
         if orphans := processes_of(run_folder):
             raise OSError(f"process {orphans[0].pid} (the simulation of a killed job.py) {at_work}")
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.write(f"{os.getpid()} (job.py)\n")
         lock.flush()
 
         exit_on_signals()
         os.environ[RUN_VARIABLE] = str(run_folder)
+        find_own_modules()
         over = threading.Event()
-        threading.Thread(target=end_run_of_killed_site, args=(run_folder, over), daemon=True).start()
+        threading.Thread(target=watch, args=(run_folder, over), daemon=True).start()
         stopped = None
         try:
             yield
@@ -97,28 +101,18 @@ def only_run(run_folder: Path) -> Iterator[None]:
                 signal.signal(number, signal.SIG_IGN)
             over.set()
             kill_processes_of(run_folder)
+            with contextlib.suppress(OSError):
+                (run_folder / MARK).touch()
             lock.truncate(0)
         if stopped:
             sys.stdout.flush()
             os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
 
 
-def keep_earlier_results(args: argparse.Namespace) -> None:
-    """Make room: rename the folder of an earlier run, which NVFlare 2.9.0 would delete; drop one without a result.
-
-    A folder that holds args.initial_ckpt is kept, too, and args.initial_ckpt follows it.
-    """
-    run_folder, checkpoint = args.run_folder, args.initial_ckpt
-    wanted = checkpoint is not None and run_folder in checkpoint.parents
-    if any(run_folder.glob(MODEL)) or run_folder.is_symlink() or wanted:
-        time = datetime.fromtimestamp(run_folder.lstat().st_mtime)
-        kept = run_folder.with_name(f"{run_folder.name}-{time:%Y-%m-%d-%H%M%S}")
-        run_folder.rename(kept)
-        print(f"The results of the run before are kept in {kept}", flush=True)
-        if wanted:
-            args.initial_ckpt = kept / checkpoint.relative_to(run_folder)
-    elif run_folder.exists():
-        shutil.rmtree(run_folder)
+def find_own_modules() -> None:
+    """Let the server find this model.py and no other: NVFlare 2.9.0 puts a job's code behind all else in sys.path."""
+    os.chdir(HERE)  # where `python -m`, which starts the server, looks first
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:
@@ -139,8 +133,19 @@ def kill_processes_of(run_folder: Path) -> None:
         psutil.wait_procs(processes, timeout=1)
 
 
-def end_run_of_killed_site(run_folder: Path, over: threading.Event) -> None:
-    """Kill a run whose site's process died: NVFlare 2.9.0's simulator logs that, but waits for it for ever."""
+def watch(run_folder: Path, over: threading.Event) -> None:
+    """Kill a run whose site's process died: NVFlare 2.9.0's simulator logs that, but waits for it for ever.
+
+    Name the sites that a run waits for, each time that the wait has doubled.
+    """
+    patience = PATIENCE
     while not over.wait(1):
         if killed_site(run_folder):
             kill_processes_of(run_folder)
+        quiet = seconds_without_news(run_folder)
+        if quiet < PATIENCE:
+            patience = PATIENCE
+        elif quiet > patience:
+            patience *= 2
+            for line in sites_at_work(run_folder):
+                print(f"job.py: still waiting for {line}", file=sys.stderr, flush=True)

@@ -96,8 +96,11 @@ def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
         report = json.loads(json.dumps(report), parse_constant=lambda constant: None)  # NaN and infinity become None
         args.json.parent.mkdir(parents=True, exist_ok=True)
         unfinished = args.json.with_name(f"{os.getpid()}.unfinished")  # so that nobody ever sees a part of it
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.replace(args.json)
+        try:
+            unfinished.write_text(json.dumps(report, indent=2) + "\n")
+            unfinished.replace(args.json)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def complete_tensorboard(results: dict, num_rounds: int) -> None:

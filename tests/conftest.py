@@ -132,11 +132,18 @@ class Run:
         return torch.load(self.results / "app_server" / "FL_global_model.pt", weights_only=True)["model"]
 
 
-def start_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> subprocess.Popen:
-    """Start job.py in another working directory, on its own workspace and, by default, synthetic images."""
+def start_job(workspace: Path, *flags: str, repo: Path = REPO, before: str = "", **env: str) -> subprocess.Popen:
+    """Start job.py in another working directory, on its own workspace and, by default, synthetic images.
+
+    Args:
+        before: Python statements for the process to begin with.
+    """
     dataset = ["--dataset", "synthetic"] if "--dataset" in (repo / "data.py").read_text() else []
+    command = [sys.executable, str(repo / "job.py")]
+    if before:
+        command[1:] = ["-c", f"import sys; sys.path[0] = {str(repo)!r}; {before}; import job; job.main()"]
     return subprocess.Popen(
-        [sys.executable, str(repo / "job.py"), *dataset, "--workspace", str(workspace), *flags],
+        [*command, *dataset, "--workspace", str(workspace), *flags],
         cwd=workspace.parent,
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env,
         stdout=subprocess.PIPE,

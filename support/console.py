@@ -1,0 +1,81 @@
+"""What do a simulation's processes print, and what if nobody is there to read it, or it can't be written?"""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+
+def open_streams() -> None:
+    """Close standard input, for nobody answers a client script, and open an output that was closed to nowhere."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # Python's sign of a closed one
+            os.dup2(null, number)
+            setattr(sys, name, open(number, "w"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a path that the encoding doesn't have
+
+
+def failure_of_output(error: Exception) -> str:
+    """Return why standard output can't be written, if that is what an exception says; let what is left go nowhere."""
+    if isinstance(error, OSError) and error.errno and not error.filename:
+        try:
+            os.write(1, b"\n")  # Python drops what it could not write, and says no more
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return f"can't write to standard output: {error.strerror}"
+    return ""
+
+
+@contextlib.contextmanager
+def relayed(stop: Callable[[], None]) -> Iterator[None]:
+    """Print what processes print that are started in here, but not NVFlare's tracebacks: its log files have them.
+
+    Its logging answers each record that it can't write with one more; then, or if we can't print, `stop` is called.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    reading, writing = os.pipe()
+    outputs = [os.dup(1), os.dup(2)]
+    failures, over = [], threading.Event()
+
+    def relay():
+        level = b"INFO"
+        for line in open(reading, "rb"):  # noqa: SIM115
+            if found := re.match(rb"\d{4}-\d\d-\d\d [\d:,]+ - ([A-Z]+) - |--- Logging error", line):
+                level = found[1]
+            if level in (b"ERROR", b"CRITICAL") or failures:
+                continue
+            if level is None:
+                if reason := re.search(rb"\[Errno \d+\] ([^:\n]*)", line):
+                    failures.append(f"can't write NVFlare's logs: {reason[1].decode()}")
+                    stop()
+            elif not over.is_set():
+                try:
+                    os.write(outputs[0], line)
+                except OSError as error:
+                    failures.append(f"can't write to standard output: {error.strerror}")
+                    stop()
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    sys.stdout.flush()
+    for number in (1, 2):
+        os.dup2(writing, number)
+    os.close(writing)
+    try:
+        yield
+    except SystemExit:  # a signal: what the processes say until they are ended is of no use
+        over.set()
+        raise
+    finally:
+        for number, output in zip((1, 2), outputs):
+            os.dup2(output, number)
+        if not over.is_set():
+            thread.join(timeout=5)
+        if failures:
+            raise OSError(failures[0])
