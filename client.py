@@ -22,12 +22,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_weights(model, params):
-    """Load a global model; the mean of an integer buffer, such as BatchNorm's count of batches, is rounded."""
-    integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
-    model.load_state_dict({name: p.double().round() if name in integers else p for name, p in params.items()})
-
-
 def train(model, train_loader, epochs, lr, device, writer, first_step):
     """Train for some epochs with SGD and return the mean training loss, a float.
 
@@ -66,7 +60,7 @@ def main():
 
         while flare.is_running():  # (6) wait for the next task; False when the job has ended
             global_model = flare.receive()  # (7) what came with it: the global model
-            load_weights(model, global_model.params)  # (8) start from its weights
+            model.load_state_dict(global_model.params)  # (8) start from its weights
 
             current_round = global_model.current_round  # (9) from 0
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))

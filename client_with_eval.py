@@ -26,12 +26,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_weights(model, params):
-    """Load a global model; the mean of an integer buffer, such as BatchNorm's count of batches, is rounded."""
-    integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
-    model.load_state_dict({name: p.double().round() if name in integers else p for name, p in params.items()})
-
-
 def train(model, train_loader, epochs, lr, device, writer, first_step):
     """Train for some epochs with SGD and return the mean training loss, a float.
 
@@ -98,7 +92,7 @@ def main():
                 best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
                 flare.send(flare.FLModel(params=best["model"]))  # (14)
                 continue
-            load_weights(model, global_model.params)  # (8) start from its weights
+            model.load_state_dict(global_model.params)  # (8) start from its weights
             metrics = evaluate(model, test_loader, device)
             if flare.is_evaluate():  # (15) the server wants the metrics of this model and nothing else
                 flare.send(flare.FLModel(metrics=metrics))  # (16)

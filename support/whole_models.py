@@ -14,6 +14,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey
 from nvflare.app_common.abstract.persistor_filter import PersistorFilter
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
 
 
 class WholeLocalModels(Filter):
@@ -52,6 +53,17 @@ def check_steps(steps: object) -> None:
         raise ValueError(f"its NUM_STEPS_CURRENT_ROUND is {steps!r}, which is no positive number")
 
 
+def keep_integers(means: dict, weights: dict) -> None:
+    """Round the means of integers and booleans, such as BatchNorm's counts of batches, and give them their types again.
+
+    NVFlare 2.9.0 makes floating-point numbers of them, and load_state_dict would cut these off: 5 may be 4.999.
+    """
+    for name, mean in means.items():
+        if not (wanted := torch.as_tensor(weights[name])).is_floating_point():
+            rounded = torch.as_tensor(mean).round().to(wanted.dtype)
+            means[name] = rounded if isinstance(weights[name], torch.Tensor) else rounded.numpy()
+
+
 class WholeGlobalModels(PersistorFilter):
     """Refuse to save a global model of too few sites: the file keeps that of the round before, and the job ends."""
 
@@ -62,6 +74,11 @@ class WholeGlobalModels(PersistorFilter):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             fl_ctx.get_engine().get_component("persistor").filter_id = "whole_global_models"
+        elif event_type == AppEventType.AFTER_AGGREGATION:
+            keep_integers(
+                fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).params,
+                fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS],
+            )
 
     def process_pre_save(self, learnable: ModelLearnable, fl_ctx: FLContext) -> ModelLearnable:
         meta = learnable[ModelLearnableKey.META]

@@ -38,18 +38,17 @@ def fedavg(
     drop_last=False,
 ):
     """Average the weights of sites with these training sets, by their steps or all alike, for some rounds."""
-    weights = weights or create_model(seed).state_dict()
+    weights = dict(weights or create_model(seed).state_dict())
     for round in range(rounds):
         results = []
         for i, train_set in enumerate(train_sets, start=1):
             model = create_model()
-            for name, tensor in model.state_dict().items():
-                tensor.copy_(weights[name] if tensor.is_floating_point() else weights[name].double().round())
+            model.load_state_dict(weights)
             results.append(train_locally(model, train_set, f"site-{i}", round, seed, batch_size, drop_last))
         total = sum(steps if by_steps else 1 for _, steps in results)
-        weights = {
-            name: sum(local[name] * (steps if by_steps else 1) for local, steps in results) / total for name in weights
-        }
+        for name in weights:
+            mean = sum(local[name] * (steps if by_steps else 1) for local, steps in results) / total
+            weights[name] = mean if weights[name].is_floating_point() else mean.round().to(weights[name].dtype)
     return weights
 
 
