@@ -16,7 +16,8 @@ from support.environments import PocEnv, ProdEnv, SimEnv, python_of, refuse_part
 from support.folder import keep_earlier_results
 from support.results import read_results
 from support.run import guarded
-from support.summary import show_data, sum_up
+from support.samples import show_data
+from support.summary import sum_up
 
 HERE = Path(__file__).resolve().parent
 WORKSPACE = "/tmp/nvflare/simulation"  # NVFlare's own default

@@ -8,5 +8,6 @@ console.py       What do a simulation's processes print, and what if it can't be
 whole_models.py  What does the server refuse? The one module that travels.
 environments.py  Where does it run? What NVFlare's SimEnv, PocEnv and ProdEnv need to run well.
 results.py       What did NVFlare leave?
+samples.py       What does each site train and test on?
 summary.py       How is it shown?
 """

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cifar10 import DataError
 from conftest import data_flags
 from data import load_data, partition
-from support.summary import class_counts
+from support.samples import class_counts
 
 LABELS = st.lists(st.integers(0, 9), min_size=1, max_size=300).map(np.array)
 ALPHAS = st.floats(-6, 6).map(lambda exponent: 10.0**exponent)

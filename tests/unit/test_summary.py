@@ -8,7 +8,8 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets import FakeData
 
 from support.results import read_evaluation
-from support.summary import class_counts, mark_best, print_table, show_data
+from support.samples import class_counts, show_data
+from support.summary import mark_best, print_table
 
 X = torch.zeros(4, 2)
 
