@@ -86,6 +86,8 @@ def print_summary(summary: dict) -> None:
         print("WARNING: the final model's weights are not finite numbers: training diverged. Try a smaller --lr.")
     if best := summary["best_model"]:
         print(f"The best is {best['name']}: {name} {show(best[name])} on average over the sites.")
+    elif settings["evaluates"]:
+        print(f"WARNING: not all sites reported {name} as a finite number, and so none of the models is called the best.")
     print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
     if not settings["evaluates"]:
         print("\nHow good is the model?\n  python job.py --train_script client_with_eval.py")
@@ -132,8 +134,8 @@ def print_table(title: str, rows: dict[str, dict]) -> None:
     """Print numbers or texts in rows and columns, twelve columns side by side."""
     texts = {name: {column: show(cell) for column, cell in row.items()} for name, row in rows.items()}
     columns = list(dict.fromkeys(column for row in texts.values() for column in row))
-    indent = max(12, *(len(name) + 4 for name in (title, *texts)))
-    width = max(7, *(len(text) for row in texts.values() for cell in row.items() for text in cell)) + 2
+    indent = max([12, *(len(name) + 4 for name in (title, *texts))])
+    width = max([7, *(len(text) for row in texts.values() for cell in row.items() for text in cell)]) + 2
     for first in range(0, len(columns), COLUMNS):
         block = columns[first : first + COLUMNS]
         print(f"  {title:<{indent}}" + "".join(f"{column:>{width}}" for column in block))
