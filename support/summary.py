@@ -87,7 +87,7 @@ def print_summary(summary: dict) -> None:
     if best := summary["best_model"]:
         print(f"The best is {best['name']}: {name} {show(best[name])} on average over the sites.")
     elif settings["evaluates"]:
-        print(f"WARNING: not all sites reported {name} as a finite number, and so none of the models is called the best.")
+        print(f"WARNING: not all sites reported {name} as a finite number, and so no model is called the best.")
     print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
     if not settings["evaluates"]:
         print("\nHow good is the model?\n  python job.py --train_script client_with_eval.py")
