@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num_rounds", type=int, default=2, metavar="N", help="federated rounds (default: %(default)s)")
     flag("--num_threads", type=int, metavar="N", help="clients that train at the same time (default: all)")
     flag("--train_script", default=HERE / "client.py", metavar="F", help="client script (default: client.py)")
-    flag("--train_args", default="", metavar="STRING", help='more flags for it: --train_args="--dropout 0.2"')
+    flag("--train_args", default="", metavar="STRING", help="more flags for it, after = and in quotes")
     flag("--cross_site_eval", action="store_true", help="in the end, every site's model on every site's data")
     flag("--epochs", type=int, default=2, metavar="N", help="local epochs a round (default: %(default)s)")
     flag("--batch_size", type=int, default=16, metavar="N", help="images a step (default: %(default)s)")
