@@ -79,12 +79,11 @@ def test_folder_that_job_py_did_not_make_is_refused_and_left_alone(tmp_path):
     [
         (lambda folder: None, False),
         (lambda folder: (folder / "site-1" / "notes.txt").write_text("mine"), True),
-        (lambda folder: (folder / "site-1" / "log.txt").unlink(), True),
         (lambda folder: (folder / MARK).unlink(), "refused"),
         (lambda folder: [(folder / MODEL.replace("**", "x")).parent.mkdir(parents=True), results(folder)], True),
         (lambda folder: [shutil.move(folder, folder.with_name("old")), folder.symlink_to("old")], True),
     ],
-    ids=["untouched", "a file put in", "a file taken out", "no mark", "a result", "a link"],
+    ids=["untouched", "a file put in", "no mark", "a result", "a link"],
 )
 def test_folder_of_a_run_is_deleted_only_if_it_has_no_result_and_nobody_changed_it(tmp_path, change, kept):
     run_folder = tmp_path / "hello-pt"
