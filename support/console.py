@@ -44,17 +44,20 @@ def relayed(stop: Callable[[], None]) -> Iterator[None]:
     failures, over = [], threading.Event()
 
     def relay():
-        level = b"INFO"
+        shown, unwritable = True, False
         for line in open(reading, "rb"):  # noqa: SIM115
-            if found := re.match(rb"\d{4}-\d\d-\d\d [\d:,]+ - ([A-Z]+) - |--- Logging error", line):
-                level = found[1]
-            if level in (b"ERROR", b"CRITICAL") or failures:
+            if line.startswith(b"--- Logging error"):
+                shown, unwritable = False, True
+            elif line.startswith(b"Traceback "):
+                shown = False
+            elif found := re.match(rb"\d{4}-\d\d-\d\d [\d:,]+ - ([A-Z]+) - ", line):
+                shown, unwritable = found[1] not in (b"ERROR", b"CRITICAL"), False
+            if failures:
                 continue
-            if level is None:
-                if reason := re.search(rb"\[Errno \d+\] ([^:\n]*)", line):
-                    failures.append(f"can't write NVFlare's logs: {reason[1].decode()}")
-                    stop()
-            elif not over.is_set():
+            if unwritable and (reason := re.search(rb"\[Errno \d+\] ([^:\n]*)", line)):
+                failures.append(f"can't write NVFlare's logs: {reason[1].decode()}")
+                stop()
+            elif shown and not over.is_set():
                 try:
                     os.write(outputs[0], line)
                 except OSError as error:

@@ -38,7 +38,7 @@ def seconds_without_news(run_folder: Path) -> float:
 def sites_at_work(run_folder: Path) -> list[str]:
     """Say of each site that owes the server a result for which task, and for how long."""
     at_work = {}
-    for record in (record for log in server_logs(run_folder)[:1] for record in read_log(log)):
+    for record in [record for log in server_logs(run_folder)[:1] for record in read_log(log)]:
         message, since = record["message"], datetime.strptime(record["asctime"], "%Y-%m-%d %H:%M:%S,%f")
         if found := re.search(r"Round (\d+) started", message):
             round_number = found[1]
@@ -51,8 +51,8 @@ def sites_at_work(run_folder: Path) -> list[str]:
     lines = []
     for site, (task, since) in sorted(at_work.items()):
         what = f"round {round_number}" if task == "train" else f"the task {task}"
-        minutes = (datetime.now() - since).total_seconds() / 60
-        lines.append(f"{site}: at work on {what} for {minutes:.0f} min")
+        seconds = (datetime.now() - since).total_seconds()
+        lines.append(f"{site}: at work on {what} for {seconds:.0f} s")
     return lines
 
 
@@ -110,18 +110,20 @@ def errors(records: list[dict]) -> list[dict]:
 
 
 def last_exception(lines: list[str]) -> str | None:
-    """Return the exception of the last traceback in one line, with the place in a user's own code that led to it."""
+    """Return what was raised last, in one line, with its place in a user's own code, if that had a part in it."""
     if full := [line for line in lines if re.match(r"OSError: \[Errno (27|28)\]", line)]:
         return one_line(full[0])  # of which the exception of torch.save that follows says nothing
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    if not starts:
-        return None
-    body = lines[starts[-1] + 1 :]
-    end = next((i for i, line in enumerate(body) if line and not line.startswith(" ")), len(body))
-    calls = [re.match(r' *File "(.+)", line (\d+)', line) for line in body[:end]]
-    own = [call for call in calls if call and not re.search(r"/lib/python3|/support/|/job\.py$|^<", call[1])]
-    where = f" ({Path(own[-1][1]).name}:{own[-1][2]})" if own else ""
-    return one_line(" ".join(body[end : end + 4])) + where
+    raised = []
+    for start in (i + 1 for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")):
+        end = next((i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
+        message = [
+            line for line in lines[end : end + 4] if not re.match("During handling of|The above exception", line)
+        ]
+        calls = (re.match(r' *File "(.+)", line (\d+)', line) for line in lines[start:end])
+        own = [call for call in calls if call and not re.search(r"/lib/python3|/support/|/job\.py$|^<", call[1])]
+        raised.append((one_line(" ".join(message)), f" ({Path(own[-1][1]).name}:{own[-1][2]})" if own else ""))
+    placed = [(message, place) for message, place in raised if place]
+    return "".join((placed or raised)[-1]) if raised else None
 
 
 def one_line(text: str, most: int = 300) -> str:

@@ -71,11 +71,12 @@ def lock_file(file: Path) -> TextIO:
         number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise OSError(f"{file} can't be job.py's lock ({error.strerror}): {elsewhere}") from None
-    lock = open(number, "r+", errors="replace")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(number).st_mode) or not re.fullmatch(r"(\d+ \(job\.py\)\n)?", lock.read(100)):
-        raise OSError(f"{file} is no lock of job.py's: {elsewhere}")
-    lock.seek(0)
-    return lock
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        lock = open(number, "r+", errors="replace")  # noqa: SIM115
+        if re.fullmatch(r"(\d+ \(job\.py\)\n)?", lock.read(100)):
+            lock.seek(0)
+            return lock
+    raise OSError(f"{file} is no lock of job.py's: {elsewhere}")
 
 
 def full_disk(folder: Path, least: int) -> str:

@@ -22,7 +22,7 @@ from support.failure import JobFailed, describe, killed_site, reason_of_failure,
 from support.folder import FREE_SPACE, MARK, MODEL, full_disk, lock_file
 
 HERE = Path(__file__).resolve().parent.parent
-PATIENCE = 60  # seconds without a result, after which the sites that are at work are named
+PATIENCE = 120  # seconds without news from a site, after which the sites that are at work are named
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 
 
@@ -136,7 +136,7 @@ def kill_processes_of(run_folder: Path) -> None:
 def watch(run_folder: Path, over: threading.Event) -> None:
     """Kill a run whose site's process died: NVFlare 2.9.0's simulator logs that, but waits for it for ever.
 
-    Name the sites that a run waits for, each time that the wait has doubled.
+    Name the sites that a run waits for, after PATIENCE, and again each time that the wait has doubled.
     """
     patience = PATIENCE
     while not over.wait(1):
@@ -148,4 +148,4 @@ def watch(run_folder: Path, over: threading.Event) -> None:
         elif quiet > patience:
             patience *= 2
             for line in sites_at_work(run_folder):
-                print(f"job.py: still waiting for {line}", file=sys.stderr, flush=True)
+                print(f"job.py: still waiting for {line}", flush=True)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import changed_client, finish, run_job, running, start_job, wait_until
+from conftest import changed_client, copy_repo, finish, run_job, running, start_job, wait_until
 from stages import ENDLESS, MANY_ROUNDS, MODEL, SMALL, in_training, trainer
 
 
@@ -38,6 +38,12 @@ def test_killed_process_ends_the_run(workspace, victim, round):
     assert (workspace / "hello-pt" / MODEL).exists() == (round > 0)
 
 
+def faulty_client(folder: Path, line: str, new: str) -> Path:
+    """Write a copy of client.py in which site-2 does something new in front of a line."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return changed_client(folder, "client.py", line, f'{indent}if site_name == "site-2":\n{indent}    {new}')
+
+
 def test_final_evaluation_that_fails_is_no_success(tmp_path):
     line = "            if flare.is_evaluate():"
     fault = f"{line}\n                raise KeyError('no such thing')"
@@ -50,16 +56,106 @@ def test_final_evaluation_that_fails_is_no_success(tmp_path):
     assert re.fullmatch(r"job\.py: error: site-[12] failed: KeyError: 'no such thing' \(see .*log.txt\)\n", run.errors)
 
 
-def test_client_that_raises_ends_the_run_with_its_site_exception_and_log(tmp_path):
-    fault = 'raise ValueError(f"{site_name} has {torch.get_num_threads()} threads")'
-    condition = '            if site_name == "site-2":'
-    script = changed_client(
-        tmp_path, "client.py", "            model.load_state_dict(", f"{condition}\n                {fault}"
-    )
+def test_client_that_raises_ends_the_run_with_its_site_exception_line_and_log(tmp_path):
+    fault = 'raise ValueError(f"it has\\n\\n  {torch.get_num_threads()} threads,\\nno more")'
+    script = faulty_client(tmp_path, "            model.load_state_dict(", fault)
     run = run_job(tmp_path / "workspace", *SMALL, "--train_script", str(script))
     threads = max(1, torch.get_num_threads() // 2)  # each of two clients takes its share of the cores
+    line = 1 + script.read_text().splitlines().index(f"                {fault}")
     assert run.status == 1
     assert run.errors == (
-        f"job.py: error: site-2 failed: ValueError: site-2 has {threads} threads "
+        f"job.py: error: site-2 failed: ValueError: it has {threads} threads, no more (changed_client.py:{line}) "
         f"(see {run.folder / 'site-2' / 'log.txt'})\n"
     )
+
+
+def test_script_without_the_flags_of_job_py_is_told_what_argparse_said(tmp_path):
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr')\nparser.parse_args()"
+    )
+    run = run_job(tmp_path / "workspace", *SMALL, "--train_script", str(script))
+    said = r"other\.py: error: unrecognized arguments: --epochs 2 --batch_size 16 --seed 0 .*"
+    assert run.status == 1
+    assert re.fullmatch(
+        rf"job\.py: error: site-[12] failed: its script ended with status 2: {said} \(see .*\)\n", run.errors
+    )
+
+
+# ---- What is wrong in a user's own modules ----
+
+
+@pytest.mark.parametrize(
+    "module, line, new, last_line",
+    [
+        (
+            "data.py",
+            "    if args.dataset ==",
+            '    open("table.csv")',
+            r"FileNotFoundError: .*'table.csv' \(data.py:\d+\)",
+        ),
+        (
+            "model.py",
+            "        super().__init__()",
+            '        open("words.txt")',
+            r"server failed: FileNotFoundError: .*'words.txt' \(model.py:\d+\) \(see .*/server/log.txt\)",
+        ),
+    ],
+    ids=["load_data, in job.py", "the model's constructor, on the server"],
+)
+def test_exception_in_a_users_own_module_is_one_line(tmp_path, module, line, new, last_line):
+    repo = copy_repo(tmp_path / "repo")
+    if module == "model.py":
+        (repo / "words.txt").write_text("which the server doesn't have")
+    source = (repo / module).read_text()
+    (repo / module).write_text(source.replace(f"\n{line}", f"\n{new}\n{line}", 1))
+    run = run_job(tmp_path / "workspace", *SMALL, repo=repo)
+    assert run.status == 1 and "Traceback" not in run.output
+    assert re.fullmatch(rf"job\.py: error: {last_line}\n", run.errors)
+
+
+# ---- A result is a whole result ----
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        ("weights.pop('fc3.bias')", "its local model lacks fc3.bias"),
+        (
+            "weights['fc3.bias'][3] = torch.inf",
+            "its local model's fc3.bias isn't finite: training diverged, try a smaller --lr",
+        ),
+        ("steps = 0", "its NUM_STEPS_CURRENT_ROUND is 0, which is no positive number"),
+        ("raise KeyError('no such thing')", "KeyError: 'no such thing' (changed_client.py:"),
+    ],
+)
+def test_site_that_sends_no_whole_model_ends_the_run_and_the_round_before_stays(tmp_path, fault, reason):
+    line = "            local_model = flare.FLModel("
+    fault = f"\n                if current_round == 1:\n                    {fault}"
+    script = faulty_client(tmp_path, line, f"pass{fault}")
+    weights = "            weights = model.state_dict()\n            if site_name"
+    source = script.read_text().replace("            if site_name", weights)
+    script.write_text(source.replace("params=model.state_dict()", "params=weights"))
+    run = run_job(tmp_path / "workspace", *SMALL, "--num_rounds", "2", "--train_script", str(script))
+    assert run.status == 1
+    assert run.errors.startswith(f"job.py: error: site-2 failed: {reason}") and run.errors.count("\n") == 1
+    model = torch.load(run.results / "app_server" / "FL_global_model.pt", weights_only=True)
+    assert (model["meta_props"]["current_round"], model["meta_props"]["nr_aggregated"]) == (0, 2)
+
+
+# ---- A site that takes its time ----
+
+
+def test_site_that_is_slow_is_named_again_and_again_and_not_ended(tmp_path):
+    script = faulty_client(
+        tmp_path, "            model.load_state_dict(", "import time; answer = sys.stdin.read(); time.sleep(20)"
+    )
+    script.write_text("import sys\n" + script.read_text())
+    patience = "import support.run; support.run.PATIENCE = 3"
+    job = start_job(tmp_path / "workspace", *SMALL, "--train_script", str(script), before=patience)
+    run = finish(job, tmp_path / "workspace")
+    assert (run.status, run.errors) == (0, "")
+    named = re.findall(r"\njob\.py: still waiting for (\S+): at work on round 0 for (\d+) s", run.output)
+    waits = [int(seconds) for site, seconds in named if site == "site-2"]
+    assert len(waits) >= 2 and waits[-1] - waits[-2] >= 5  # at growing intervals
+    assert named[-1][0] == "site-2"

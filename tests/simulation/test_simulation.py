@@ -214,13 +214,12 @@ def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp
         assert accuracy * TEST_IMAGES / 100 == round(accuracy * TEST_IMAGES / 100)  # of the small CIFAR-10
 
 
-def test_script_elsewhere_that_diverges_and_reports_odd_metrics_gets_its_summary(tmp_path):
+def test_script_elsewhere_that_reports_odd_metrics_gets_its_summary(tmp_path):
     line = "                flare.send(flare.FLModel(metrics=metrics))"
     odd = """                metrics = {"accuracy": "high", "loss": None, "note": [1, 2], "mean": 1.5}"""
     script = changed_client(tmp_path, "client_with_eval.py", line, odd)
-    flags = [*SMALL, "--split", "iid", "--lr", "100", "--train_script", str(script)]
+    flags = [*SMALL, "--split", "iid", "--train_script", str(script)]
     run = run_job(tmp_path / "workspace", *flags)
     assert (run.status, run.errors) == (0, "")
-    assert "\nWARNING: the final model's weights are not finite numbers: training diverged." in run.output
     assert run.output.endswith(f"tensorboard --logdir {run.results / 'tb_events'}\n")
     assert scalars(run, "site-1")["mean"] == {2: 1.5}

@@ -9,6 +9,7 @@ import torch
 import job
 from conftest import REPO
 from model import SimpleNetwork
+from support.folder import MARK
 
 
 @pytest.fixture
@@ -31,6 +32,8 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "half_mine" / "hello-pt" / "server").mkdir(parents=True)
     (tmp_path / "half_mine" / "hello-pt" / "thesis.tex").write_text("")
     (tmp_path / "run" / "hello-pt" / "site-1").mkdir(parents=True)
+    (tmp_path / "run" / "hello-pt" / "local").mkdir()
+    (tmp_path / "run" / "hello-pt" / MARK).write_text("")
     (tmp_path / "run" / "hello-pt" / "site-1" / "client.py").write_text("")
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "hello-pt").write_text("")
@@ -39,11 +42,13 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "another" / "script.py").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+    for name in ("job", "data", "model", "support", "nvflare", "torch", "random"):
+        (tmp_path / f"{name}.py").write_text("")
     os.mkfifo(tmp_path / "fifo.pt")
     nan = {name: tensor * torch.nan for name, tensor in SimpleNetwork().state_dict().items()}
     torch.save(nan, tmp_path / "nan.pt")
     large = {name: tensor.double() + 1e300 for name, tensor in SimpleNetwork().state_dict().items()}
-    torch.save(large, tmp_path / "large.pt")
+    torch.save(large, tmp_path / "large.pt")  # finite, but not as float32
     torch.save(SimpleNetwork().state_dict(), tmp_path / "weights.py")
     return tmp_path
 
@@ -68,6 +73,7 @@ def files(tmp_path, monkeypatch):
             f"--train_script {path}"
             for path in ("latin.py", "another/script.py", "another/model.py", f"{'x' * 300}.py")
         ),
+        *(f"--train_script {name}.py" for name in ("job", "data", "model", "support", "nvflare", "torch", "random")),
         "--train_script run/hello-pt/site-1/client.py --workspace run",
         "--data_root run/hello-pt/data --workspace run",
         "--train_args '",
@@ -105,6 +111,8 @@ def files(tmp_path, monkeypatch):
         "--split dirichlet --n_clients 100 --train_size 99",
         *(f"--json {path}" for path in ("text.pt", "other.json", "folder.py", "text.pt/below.json", "loop", "")),
         "--json fifo.pt",
+        "--json /proc/report.json",
+        "--workspace /proc",
         "--json ~nobody_here/x",
         "--json run/hello-pt/report.json --workspace run",
         *(f"--json new/{name} --workspace new" for name in ("hello-pt", "hello-pt.lock", ".")),
@@ -134,6 +142,31 @@ def test_bad_arguments_are_refused_in_one_line(flags, files, capsys):
     assert exit.value.code == 2 and output == ""
     assert re.fullmatch(r"job\.py: error: .+\n", errors)
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "file, reason",
+    [
+        ("empty.pt", "is empty: write one with torch.save"),
+        ("text.pt", "is no file of torch.save's, or damaged: write one with torch.save"),
+        ("pickled.pt", "holds something else than weights, such as a whole model: write one with torch.save"),
+        ("list.pt", "holds something else than weights, such as a whole model: write one with torch.save"),
+        ("other.pt", "holds no weights of SimpleNetwork: .*Missing key.*conv1.bias"),
+    ],
+)
+def test_file_that_is_no_checkpoint_is_told_what_it_is(file, reason, files, capsys):
+    with pytest.raises(SystemExit):
+        job.parse_args(["--initial_ckpt", file])
+    assert re.fullmatch(
+        rf"job\.py: error: argument --initial_ckpt: '{file}' {reason}.*\n", errors := capsys.readouterr().err
+    )
+    assert "weights_only" not in errors and "\x1b" not in errors
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "", "1.5"])
+def test_number_of_threads_that_is_none_is_refused(threads, files, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    test_bad_arguments_are_refused_in_one_line("--lr 0.01", files, capsys)
 
 
 def test_default_script_is_the_one_beside_job_py(files):

@@ -38,7 +38,14 @@ def test_exported_job_is_complete_and_names_nothing_of_this_machine(tmp_path):
     exported = tmp_path / "jobs" / "hello-pt"
     assert not (tmp_path / "workspace").exists()
     app = exported / "app"
-    assert {file.name for file in (app / "custom").iterdir()} == {"cifar10.py", "client.py", "data.py", "model.py"}
+    assert {file.name for file in (app / "custom").iterdir()} == {
+        "cifar10.py",
+        "client.py",
+        "data.py",
+        "model.py",
+        "support",
+    }
+    assert [file.name for file in (app / "custom" / "support").iterdir()] == ["whole_models.py"]
     server = json.loads((app / "config" / "config_fed_server.json").read_text())
     client = json.loads((app / "config" / "config_fed_client.json").read_text())
     workflow = server["workflows"][0]
@@ -60,4 +67,10 @@ def test_exported_job_says_how_the_images_are_split(tmp_path):
     client = json.loads((app / "config" / "config_fed_client.json").read_text())
     command = " ".join(client["executors"][0]["executor"]["args"]["command"])
     assert "--n_clients 3" in command and "--split dirichlet --alpha 0.3" in command
-    assert {file.name for file in (app / "custom").iterdir()} == {"cifar10.py", "client.py", "data.py", "model.py"}
+    assert {file.name for file in (app / "custom").iterdir()} == {
+        "cifar10.py",
+        "client.py",
+        "data.py",
+        "model.py",
+        "support",
+    }
