@@ -20,12 +20,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what a site trains on: job.py takes them and hands them on to the client script."""
     flag = parser.add_argument
     flag("--dataset", choices=["auto", "cifar10", "synthetic"], default="auto", help="auto: cifar10 if to be had")
-    flag(
-        "--data_root",
-        default=DATA_ROOT,
-        metavar="DIR",
-        help="CIFAR-10's folder; {site}: the site's name (default: %(default)s)",
-    )
+    flag("--data_root", default=DATA_ROOT, metavar="DIR", help="of CIFAR-10; {site}: its name (default: %(default)s)")
     flag("--train_size", type=int, metavar="N", help="use only so many training images (default: all)")
     flag("--test_size", type=int, metavar="N", help="use only so many test images (default: all)")
     flag("--split", choices=["same", "iid", "dirichlet"], default="same", help="a site's share (default: same, all)")
