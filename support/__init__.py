@@ -1,6 +1,7 @@
 """What surrounds a run. You need nothing in here to understand federated learning.
 
 arguments.py     Is the command line right?
+places.py        Can these files and folders be used?
 run.py           What holds before, during and after a run? One run a workspace, nothing left running.
 folder.py        Whose is a run's folder? Nothing is lost.
 failure.py       Which site failed, and why?

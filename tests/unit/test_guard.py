@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.arguments import workspace_folder
 from support.failure import JobFailed
 from support.folder import MARK, MODEL, is_free, keep_earlier_results, lock_file
+from support.places import workspace_folder
 from support.results import read_results
 from support.whole_models import check_steps, check_weights
 
