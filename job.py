@@ -92,6 +92,7 @@ def make_env(args: argparse.Namespace) -> ExecEnv:
 def main() -> None:
     args = parse_args()
     with guarded(args):
+        create_model(args.seed)  # the server will; what is wrong with it shows here first
         name, warning = prepare_data(args)
         data = show_data(args, name, warning, load_data)
         keep_earlier_results(args)
