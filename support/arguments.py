@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from support.failure import describe
 from support.places import JOB_NAME, checkpoint, client_script, data_folder, json_file, workspace_folder
 
 GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"  # of SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two
@@ -60,6 +61,8 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
         check_data_flags(args)
     except ValueError as error:
         parser.error(str(error))
+    except Exception as error:  # of a mistake in a model.py or data.py
+        parser.error(describe(error))
     args.num_threads = args.num_threads or args.n_clients
 
 

@@ -207,3 +207,17 @@ def test_every_flag_has_a_help_and_stands_in_the_readme():
     assert {"--n_clients", "--cross_site_eval", "--export-dir"} <= flags
     readme = (REPO / "README.md").read_text()
     assert {flag for flag in flags if f"`{flag}" not in readme} == set()
+
+
+@pytest.mark.parametrize("part", ["create_model", "check_data_flags"])
+def test_mistake_in_an_own_model_or_own_data_is_told_with_its_place(part, files, capsys, monkeypatch):
+    own = files / "own.py"
+    own.write_text("def mistaken(*args):\n    return undefined\n")
+    namespace = {}
+    exec(compile(own.read_text(), own, "exec"), namespace)
+    monkeypatch.setattr(job, part, namespace["mistaken"])
+    torch.save(SimpleNetwork().state_dict(), "weights.pt")
+    with pytest.raises(SystemExit) as exit:
+        job.parse_args(["--initial_ckpt", "weights.pt"])
+    error = "job.py: error: NameError: name 'undefined' is not defined (own.py:2)\n"
+    assert (exit.value.code, capsys.readouterr().err) == (2, error)
