@@ -21,6 +21,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            message += " (those of a client script go into --train_args)"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import Dataset, Subset
 
+from support.failure import describe
 from support.summary import COLUMNS, print_table
 
 MOST_CLASSES = 10_000  # larger numbers are no classes
@@ -28,7 +29,10 @@ def show_data(args: argparse.Namespace, name: str, warning: str, load_data: Call
     if args.env == "prod":
         return data
     for site in args.sites:
-        train_set, test_set = load_data(args, site)
+        try:
+            train_set, test_set = load_data(args, site)
+        except Exception as error:  # of a data.py of the user's, say
+            raise OSError(f"{site}: {describe(error)}") from error
         sizes = {"train_size": len(train_set), "test_size": len(test_set)}
         data["sites"][site] = {**sizes, "class_counts": class_counts(train_set)}
     rows = {

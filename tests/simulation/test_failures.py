@@ -92,7 +92,7 @@ def test_script_without_the_flags_of_job_py_is_told_what_argparse_said(tmp_path)
             "data.py",
             "    if args.dataset ==",
             '    open("table.csv")',
-            r"FileNotFoundError: .*'table.csv' \(data.py:\d+\)",
+            r"site-1: FileNotFoundError: .*'table.csv' \(data.py:\d+\)",
         ),
         (
             "model.py",
