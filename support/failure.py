@@ -87,7 +87,7 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
 def describe(error: Exception) -> str:
     """Say in one line what an exception in this process means, and which line of a user's own code it comes from."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, OSError) and error.errno is None and not "/lib/python3" in raised_in:
+    if isinstance(error, OSError) and error.errno is None and "/lib/python3" not in raised_in:
         return one_line(str(error))  # written for people
     return last_exception("".join(traceback.format_exception(error)).splitlines())
 
