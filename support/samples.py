@@ -36,7 +36,7 @@ def show_data(args: argparse.Namespace, name: str, warning: str, load_data: Call
         sizes = {"train_size": len(train_set), "test_size": len(test_set)}
         data["sites"][site] = {**sizes, "class_counts": class_counts(train_set)}
     rows = {
-        site: {"test": described["test_size"], "training": described["train_size"], **fold(described["class_counts"])}
+        site: {"test": described["test_size"], "train": described["train_size"], **fold(described["class_counts"])}
         for site, described in data["sites"].items()
     }
     if all(row == rows["site-1"] for row in rows.values()):

@@ -134,10 +134,11 @@ def print_table(title: str, rows: dict[str, dict]) -> None:
     """Print numbers or texts in rows and columns, twelve columns side by side."""
     texts = {name: {column: show(cell) for column, cell in row.items()} for name, row in rows.items()}
     columns = list(dict.fromkeys(column for row in texts.values() for column in row))
-    indent = max([12, *(len(name) + 4 for name in (title, *texts))])
-    width = max([7, *(len(text) for row in texts.values() for cell in row.items() for text in cell)]) + 2
+    widths = {name: max([len(name), *(len(row.get(name, "-")) for row in texts.values())]) + 2 for name in columns}
+    indent = max([14, *(len(name) + 2 for name in (title, *texts))])
     for first in range(0, len(columns), COLUMNS):
         block = columns[first : first + COLUMNS]
-        print(f"  {title:<{indent}}" + "".join(f"{column:>{width}}" for column in block))
+        print(f"  {title:<{indent}}" + "".join(f"{column:>{widths[column]}}" for column in block))
         for name, row in texts.items():
-            print(f"    {name:<{indent - 2}}" + "".join(f"{row.get(column, '-'):>{width}}" for column in block))
+            cells = "".join(f"{row.get(column, '-'):>{widths[column]}}" for column in block)
+            print(f"    {name:<{indent - 2}}{cells}")

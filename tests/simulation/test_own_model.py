@@ -233,7 +233,7 @@ def test_regression_with_a_folder_for_each_site_a_metric_below_zero_and_an_own_f
     assert (run.status, run.errors) == (0, "")
 
     shown = " ".join(run.output.split())
-    assert "Samples test training site-1 20 40 site-2 7 12" in shown
+    assert "Samples test train site-1 20 40 site-2 7 12" in shown
     assert "Data: tables, 12 to 40 training samples a site, 7 to 20 test samples." in run.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"]["sites"]["site-2"] == {"train_size": 12, "test_size": 7, "class_counts": {}}

@@ -66,7 +66,7 @@ def shown(load_data, capsys, n_clients=2):
 def test_many_classes_are_folded(capsys):
     sets = Samples([(X, i % 100) for i in range(200)]), Samples([(X, 0)])
     _, head, row = shown(lambda args, site: sets, capsys)
-    assert head == ["Samples", "test", "training", *map(str, range(9)), "others"]
+    assert head == ["Samples", "test", "train", *map(str, range(9)), "others"]
     assert row == ["each", "site", "1", "200", *["2"] * 9, "182"]
 
 
@@ -76,7 +76,7 @@ def test_sites_whose_labels_are_no_classes_show_their_sizes(capsys):
         return Samples([(X, 0.5)] * count), Samples([(X, 0.5)] * 7)
 
     assert shown(load_data, capsys)[1:] == [
-        ["Samples", "test", "training"],
+        ["Samples", "test", "train"],
         ["site-1", "7", "1"],
         ["site-2", "7", "2"],
     ]
