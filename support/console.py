@@ -21,6 +21,7 @@ def open_streams() -> None:
 
 def failure_of_output(error: Exception) -> str:
     """Return why standard output can't be written, if that is what an exception says; let what is left go nowhere."""
+    error = error.__cause__ or error
     if isinstance(error, OSError) and error.errno and not error.filename:
         try:
             os.write(1, b"\n")  # Python drops what it could not write, and says no more

@@ -5,10 +5,12 @@ import json
 import re
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-SERVER_LOGS = ["server/log.json", "server/*/workspace/log.json", "poc/*/*/server/*/log.json", "poc/*/*/server/log.json"]
+JOB_LOGS = ["server/log.json", "poc/*/*/server/*/log.json"]  # of a server that is at work on this machine
+SERVER_LOGS = [*JOB_LOGS, "server/*/workspace/log.json", "poc/*/*/server/log.json"]
 LOGS = ["*/log.json", "server/*/workspace/log.json", "poc/*/*/*/*/log.json"]  # simulated, downloaded, on this machine
 TRAINER = "ExternalProcessBackend"  # the logger of what a client script prints
 
@@ -30,15 +32,16 @@ def killed_site(run_folder: Path) -> str | None:
 
 
 def seconds_without_news(run_folder: Path) -> float:
-    """Return how long a run's server has logged nothing: no task that it gave out, no result that it got."""
-    logs = server_logs(run_folder)
-    return time.time() - max(log.stat().st_mtime for log in logs) if logs else 0
+    """Return how long a job's server has logged nothing: no task that it gave out, no result that it got."""
+    with contextlib.suppress(OSError, StopIteration):  # there is none yet, or NVFlare has just deleted it
+        return time.time() - next(logs_of(run_folder, JOB_LOGS)).stat().st_mtime
+    return 0
 
 
 def sites_at_work(run_folder: Path) -> list[str]:
     """Say of each site that owes the server a result for which task, and for how long."""
     at_work = {}
-    for record in [record for log in server_logs(run_folder)[:1] for record in read_log(log)]:
+    for record in read_log(next(logs_of(run_folder, JOB_LOGS))):
         message, since = record["message"], datetime.strptime(record["asctime"], "%Y-%m-%d %H:%M:%S,%f")
         if found := re.search(r"Round (\d+) started", message):
             round_number = found[1]
@@ -61,9 +64,9 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     if site := killed_site(run_folder):
         return f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})"
     of_server = f"server failed: {str(error).partition('. ')[0]}"
-    if found := server_logs(run_folder):
-        of_server += f" (see {found[0].with_suffix('.txt')})"
-    logs = {log: read_log(log) for place in LOGS for log in run_folder.glob(place)}
+    if server_log := next(logs_of(run_folder, SERVER_LOGS), None):
+        of_server += f" (see {server_log.with_suffix('.txt')})"
+    logs = {log: read_log(log) for log in logs_of(run_folder, LOGS)}
     first_errors = {log: found[0]["asctime"] for log, records in logs.items() if (found := errors(records))}
     if not first_errors or "return code -" in str(error):  # the server's process died
         return of_server
@@ -86,14 +89,15 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
 
 def describe(error: Exception) -> str:
     """Say in one line what an exception in this process means, and which line of a user's own code it comes from."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, OSError) and error.errno is None and "/lib/python3" not in raised_in:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, OSError) and error.errno is None and "/lib/python3" not in place.filename:
         return one_line(str(error))  # written for people
-    return last_exception("".join(traceback.format_exception(error)).splitlines())
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return last_exception(lines, f" ({Path(place.filename).name}:{place.lineno})")
 
 
-def server_logs(run_folder: Path) -> list[Path]:
-    return [log for place in SERVER_LOGS for log in run_folder.glob(place)]
+def logs_of(run_folder: Path, places: list[str]) -> Iterator[Path]:
+    return (log for place in places for log in run_folder.glob(place))
 
 
 def read_log(log: Path) -> list[dict]:
@@ -110,7 +114,7 @@ def errors(records: list[dict]) -> list[dict]:
     return [record for record in records if record["levelname"] in ("ERROR", "CRITICAL")]
 
 
-def last_exception(lines: list[str]) -> str | None:
+def last_exception(lines: list[str], otherwise: str = "") -> str | None:
     """Return what was raised last, in one line, with its place in a user's own code, if that had a part in it."""
     if full := [line for line in lines if re.match(r"OSError: \[Errno (27|28)\]", line)]:
         return one_line(full[0])  # of which the exception of torch.save that follows says nothing
@@ -124,7 +128,7 @@ def last_exception(lines: list[str]) -> str | None:
         own = [call for call in calls if call and not re.search(r"/lib/python3|/support/|/job\.py$|^<", call[1])]
         raised.append((one_line(" ".join(message)), f" ({Path(own[-1][1]).name}:{own[-1][2]})" if own else ""))
     placed = [(message, place) for message, place in raised if place]
-    return "".join((placed or raised)[-1]) if raised else None
+    return "".join(placed[-1]) if placed else raised[-1][0] + otherwise if raised else None
 
 
 def one_line(text: str, most: int = 300) -> str:

@@ -70,7 +70,8 @@ def lock_file(file: Path) -> TextIO:
     try:
         number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
-        raise OSError(f"{file} can't be job.py's lock ({error.strerror}): {elsewhere}") from None
+        reason = "it is a link" if file.is_symlink() else error.strerror
+        raise OSError(f"{file} can't be job.py's lock ({reason}): {elsewhere}") from None
     if stat.S_ISREG(os.fstat(number).st_mode):
         lock = open(number, "r+", errors="replace")  # noqa: SIM115
         if re.fullmatch(r"(\d+ \(job\.py\)\n)?", lock.read(100)):
@@ -81,5 +82,6 @@ def lock_file(file: Path) -> TextIO:
 
 def full_disk(folder: Path, least: int) -> str:
     """Say that the disk of a run's folder has less than so many bytes left; return "" if it has them."""
-    full = shutil.disk_usage(folder.parent).free < least
-    return f"the disk of {folder.parent} is full: make room, or choose another --workspace" if full else ""
+    if not folder.parent.is_dir() or shutil.disk_usage(folder.parent).free >= least:
+        return ""
+    return f"the disk of {folder.parent} is full: make room, or choose another --workspace"

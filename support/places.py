@@ -2,10 +2,8 @@
 
 import ast
 import contextlib
-import importlib.machinery
 import json
 import os
-import site
 import sys
 import tempfile
 import tokenize
@@ -40,7 +38,8 @@ def client_script(text: str) -> tuple[Path, bool]:
         raise ValueError(f"there is no Python file {text!r}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"{text!r} is not valid Python: {error}") from error
-    if script.stem in RESERVED or importlib.machinery.PathFinder.find_spec(script.stem, site.getsitepackages()):
+    loaded = getattr(sys.modules.get(script.stem), "__file__", None)
+    if script.stem in RESERVED or loaded not in (None, str(script)):
         raise ValueError(f"{text!r} has the name of a module that the job needs: rename the script")
     model = script.with_name("model.py")
     if model.exists() and not model.samefile(HERE / "model.py"):  # a job holds one module of a name

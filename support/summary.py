@@ -33,6 +33,8 @@ def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
         try:
             unfinished.write_text(json.dumps(report, indent=2) + "\n")
             unfinished.replace(args.json)
+        except OSError as error:
+            raise OSError(f"can't write {args.json}: {error.strerror}") from error
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -53,7 +53,9 @@ def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
     script = changed_client(tmp_path, "client.py", *FAULT)
     run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--train_script", str(script))
     assert run.status == 1
-    assert re.fullmatch(r"job\.py: error: site-[12] failed: ValueError: no such thing \(see .*log.txt\)\n", run.errors)
+    assert re.fullmatch(
+        r"job\.py: error: site-[12] failed: ValueError: no such thing \(.*:\d+\) \(see .*log.txt\)\n", run.errors
+    )
     assert not running(run.folder.parent)
 
 

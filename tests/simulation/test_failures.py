@@ -53,7 +53,8 @@ def test_final_evaluation_that_fails_is_no_success(tmp_path):
     run = run_job(tmp_path / "workspace", *flags)
     assert run.status == 1
     assert not report.exists()
-    assert re.fullmatch(r"job\.py: error: site-[12] failed: KeyError: 'no such thing' \(see .*log.txt\)\n", run.errors)
+    reason = r"KeyError: 'no such thing' \(changed_client.py:\d+\) \(see .*log.txt\)"
+    assert re.fullmatch(rf"job\.py: error: site-[12] failed: {reason}\n", run.errors)
 
 
 def test_client_that_raises_ends_the_run_with_its_site_exception_line_and_log(tmp_path):

@@ -116,7 +116,7 @@ def full(disk):
 @pytest.mark.parametrize("small_disk", ["20m"], indirect=True)
 def test_disk_that_fills_up_during_a_run_is_one_clear_error_and_the_rounds_before_stay(small_disk):
     job = start_job(small_disk, *MANY_ROUNDS)
-    wait_until(lambda: in_training(small_disk, round=1), job)
+    wait_until(lambda: in_training(small_disk, round=1), job, seconds=240)
     with contextlib.suppress(OSError), open(small_disk / "thesis", "wb", buffering=0) as thesis:
         while True:
             thesis.write(bytes(4096))
@@ -176,25 +176,39 @@ def test_run_that_nobody_sees_or_answers(workspace):
     assert (workspace / "hello-pt" / MODEL).is_file()
 
 
-def test_run_in_an_odd_environment(tmp_path):
-    """A read-only copy, reached through a link, by a Python that leaves out assertions, with hardly an environment."""
+@pytest.fixture
+def read_only_copy(tmp_path):
+    """The program in a folder that can't be written, and whose name is a link's."""
     repo = copy_repo(tmp_path / "copy")
-    (tmp_path / "link").symlink_to(repo)
-    for path in (repo, *repo.rglob("*")):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    (tmp_path / "Größe").mkdir(mode=0o777)
-    other_user = os.getuid() == 0  # whom the missing rights bind
-    for folder in (tmp_path, *tmp_path.parents[:2]) if other_user else ():
-        folder.chmod(0o755)
-    (tmp_path / "Größe").chmod(0o777)
-    run = subprocess.run(
-        [sys.executable, "-O", "link/job.py", "--dataset", "synthetic", "--workspace", "Größe", *SMALL],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "TMPDIR": "/no/such/folder", "PYTHONIOENCODING": "ascii"},
-        user=65534 if other_user else None,
-        capture_output=True,
-        text=True,
+    link = tmp_path / "link"
+    link.symlink_to(repo)
+    if subprocess.call(["mount", "--bind", "-o", "ro", repo, repo]):
+        pytest.skip("only root can mount a folder as read-only")
+    yield link
+    subprocess.check_call(["umount", repo])
+
+
+def test_run_in_an_odd_environment(read_only_copy, tmp_path):
+    """A read-only copy, run by a Python that leaves out assertions, with hardly an environment."""
+    (tmp_path / "Größe").mkdir()
+    command = [
+        sys.executable,
+        "-O",
+        read_only_copy / "job.py",
+        "--dataset",
+        "synthetic",
+        "--workspace",
+        "Größe",
+        *SMALL,
+    ]
+    env = {"PATH": os.environ["PATH"], "TMPDIR": "/no/such/folder", "PYTHONIOENCODING": "ascii"}
+    refused = subprocess.run(
+        [*command, "--json", read_only_copy / "report.json"], cwd=tmp_path, env=env, capture_output=True, text=True
     )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert re.fullmatch(r"job\.py: error: argument --json: can't write to .*: choose another folder\n", refused.stderr)
+
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert "Gr\\xf6\\xdfe/hello-pt" in run.stdout
     assert (tmp_path / "Größe" / "hello-pt" / MODEL).is_file()
