@@ -14,7 +14,7 @@ receive = flare.receive
 class ProximalSGD(torch.optim.SGD):
     """SGD on the loss plus mu/2 |w - w_global|^2 (Li et al. 2020, arXiv:1812.06127).
 
-    client.py makes a round's optimizer when the model has the weights of the global model: w_global is what it had then.
+    client.py makes a round's optimizer when the model has the weights of the global model: these are w_global.
     """
 
     def __init__(self, params, **settings):
