@@ -35,7 +35,7 @@ def test_commands_of_the_pages_run_and_readme_shows_what_they_print(online, tmp_
 
 
 def shape(output):
-    """Return an output without its numbers, the times and the order in which sites report, and which model is the best."""
+    """Return an output without its numbers, the time and the order of sites' reports, and which model is the best."""
     output = output.replace("site-", "site").replace("The best is best_", "The best is ")
     lines = re.sub(r"\d[\d.,:-]*", "0", output).splitlines()
     return "\n".join(re.sub(r" +", " ", re.sub("^0 0 - INFO - ", "", line)) for line in lines)
