@@ -13,6 +13,7 @@ NOT_OF_A_BLOCK = {  # commands in the text
     "python3 -m venv .venv",  # .ci/run
     "source .venv/bin/activate",  # .ci/run sets PATH
     "python job.py --help",  # test_command_line.py
+    "python job.py --ratio 10",  # test_own_model.py
 }
 README = (REPO / "README.md").read_text()
 (DIFF,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
