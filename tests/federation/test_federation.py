@@ -70,7 +70,7 @@ def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_p
     run = run_job(tmp_path / "workspace", *flags, **online, **ONE_THREAD)
     assert (run.status, run.errors) == (0, "")
     assert equal(run.weights(), simulated)
-    assert "Data: cifar10, 64 training images a site, 100 test images." in run.output
+    assert "Data: cifar10, 64 training samples a site, 100 test samples." in run.output
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == set(SITES)
     assert f"tensorboard --logdir {run.results / 'tb_events'}" in run.output
     assert (run.folder / "poc").stat().st_mode & 0o077 == 0  # its certificate authority's key is in there
@@ -81,7 +81,10 @@ def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
     script = changed_client(tmp_path, "client.py", *FAULT)
     run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--train_script", str(script))
     assert run.status == 1
-    assert re.fullmatch(r"job\.py: error: site-[12] failed: ValueError: no such thing \(see .*log.txt\)\n", run.errors)
+    assert re.fullmatch(
+        r"job\.py: error: site-[12] failed: ValueError: no such thing \(changed_client.py:\d+\) \(see .*log.txt\)\n",
+        run.errors,
+    )
     assert not running(run.folder.parent)
 
 
