@@ -1,4 +1,4 @@
-"""A provisioned federation on this machine: a server and two sites, mutual TLS, started by their own scripts."""
+"""A provisioned federation on this machine: a server, three sites, mutual TLS, started by their own scripts."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ import yaml
 
 from conftest import REPO
 
-SITES = ["site-1", "site-2"]
+SITES = ["site-1", "site-2", "site-3"]
 PARTICIPANTS = ["server", *SITES]
-ADMIN = "admin@hello-pt.org"
+LEAD = "researcher@south.org"  # who submits jobs
 BIN = Path(sys.executable).parent
 NETWORK = "hello-pt"  # of separate_hosts
 SERVER_ADDRESS = "10.213.77.2"
@@ -52,6 +52,19 @@ class Federation:
     def environment(self) -> dict[str, str]:
         """The environment of the federation's processes: this virtual environment's."""
         return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+    def here(self, command: str) -> str:
+        """Return a command of docs/real-sites.md for this federation, each of whose sites has its own images."""
+        command = command.replace("/tmp/nvflare/federation", str(self.folder))
+        for site in SITES:
+            command = command.replace("CIFAR10=/tmp/nvflare/data", f"CIFAR10={self.folder}/images-of-{site}", 1)
+        return command
+
+    def run(self, command: str, folder: Path = REPO, **env: str) -> str:
+        """Run a command of docs/real-sites.md; return what it prints."""
+        command = ["bash", "-ec", self.here(command)]
+        env = self.environment | env
+        return subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def start(self, participant: str) -> None:
         command = [*self.hosts.get(participant, []), "bash", self.kit(participant) / "startup" / "start.sh"]

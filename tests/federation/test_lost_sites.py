@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from conftest import end_all, finish, running, start_job
-from provisioned import ADMIN, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
+from provisioned import LEAD, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def federation(tmp_path_factory):
 @pytest.mark.parametrize("accident", ["cut off", "started again"])
 def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federation, tmp_path, accident):
     known = federation.logs("server")
-    flags = ["--env", "prod", "--startup_kit", str(federation.kit(ADMIN)), "--num_rounds", "100000"]
+    flags = ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3", "--num_rounds", "100000"]
     process = start_job(tmp_path / "workspace", *flags)
     federation.wait_for("server", "Round 1 started", known)
     if accident == "cut off":
@@ -43,6 +43,6 @@ def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federati
         set_cable("site-2", "up")
     assert run.status == 1
     assert re.fullmatch(
-        r"job\.py: error: only 1 of 2 sites were there in the last 60 s, not site-2 \(.*\)\n", run.errors
+        r"job\.py: error: only 2 of 3 sites were there in the last 60 s, not site-2 \(.*\)\n", run.errors
     )
     assert run.weights()

@@ -77,8 +77,8 @@ def test_eight_sites_train_on_their_shares(tmp_path):
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
 
 
-def test_privacy_filter_of_the_readme_is_applied(tmp_path):
-    section = (REPO / "README.md").read_text().partition("### Privacy filters")[2]
+def test_privacy_filter_of_the_page_is_applied(tmp_path):
+    section = (REPO / "docs" / "real-sites.md").read_text().partition("## Privacy filters")[2]
     imports, argument, statement = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)[:3]
     repo = copy_repo(tmp_path / "repo")
     source = (REPO / "job.py").read_text()

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import REPO, copy_repo, run_job, same_weights
+from documentation import command
 from reference import distance, fedavg
 from stages import MODEL
 
@@ -67,13 +69,17 @@ def wine(tmp_path_factory):
     return repo
 
 
-OWN_FLAG = "--train_args=--dropout 0.2"
+def flags_of(words):
+    """Return the flags of job.py in a command of the page."""
+    return shlex.split(command("docs/own-model-and-data.md", words).partition("python job.py ")[2])
+
+
+EVALUATE, OWN_FLAG = flags_of("cp docs/wine/*.py ."), flags_of("--train_args")
 
 
 @pytest.fixture(scope="module")
 def evaluated(wine):
-    flags = ["--train_script", "client_with_eval.py", "--cross_site_eval", OWN_FLAG]
-    flags += ["--json", str(wine.parent / "report.json")]
+    flags = [*EVALUATE, *OWN_FLAG, "--json", str(wine.parent / "report.json")]
     return run_job(wine.parent / "evaluated", *flags, repo=wine, **ONE_THREAD)
 
 
@@ -98,13 +104,13 @@ def test_wine_is_averaged_as_plain_pytorch_and_arithmetic_say_buffers_included(e
 
 def test_dropout_draws_the_same_bits_in_every_run_and_with_evaluation(evaluated, wine):
     # One client at a time: each client's process is started anew for every round, and all of its state with it.
-    plain = run_job(wine.parent / "plain", OWN_FLAG, "--num_threads", "1", repo=wine, **ONE_THREAD)
+    plain = run_job(wine.parent / "plain", *OWN_FLAG, "--num_threads", "1", repo=wine, **ONE_THREAD)
     assert plain.status == 0, plain.errors
     assert same_weights(plain.weights(), evaluated.weights())
 
 
 def test_wine_goes_on_from_its_own_result(evaluated, wine):
-    flags = [OWN_FLAG, "--initial_ckpt", str(evaluated.folder / MODEL), "--num_rounds", "1"]
+    flags = [*OWN_FLAG, "--initial_ckpt", str(evaluated.folder / MODEL), "--num_rounds", "1"]
     run = run_job(wine.parent / "further", *flags, repo=wine, **ONE_THREAD)
     assert run.status == 0, run.errors
     assert distance(run.weights(), expected_wine(rounds=1, weights=evaluated.weights())) < 1e-6

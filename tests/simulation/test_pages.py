@@ -1,0 +1,41 @@
+"""The commands of README.md and docs/ that run on one machine, one after the other as a new reader runs them."""
+
+import os
+import re
+import subprocess
+
+from conftest import REPO, copy_repo, end_all
+from documentation import commands
+
+SMALL = "--train_size 100 --test_size 20"
+README = (REPO / "README.md").read_text()
+
+
+def test_commands_of_the_pages_run_and_readme_shows_what_they_print(online, tmp_path):
+    repo = copy_repo(tmp_path / "repo")
+    outputs = {}
+    try:
+        for block in commands("pages"):
+            command = block.strip().replace("/tmp/nvflare", str(tmp_path))
+            if command.startswith("python job.py"):
+                command += f" --workspace {tmp_path}/simulation --data_root {tmp_path}/data {SMALL}"
+            run = subprocess.run(
+                ["bash", "-ec", command], cwd=repo, env=os.environ | online, capture_output=True, text=True, timeout=300
+            )
+            assert run.returncode == 0, run.stderr
+            outputs[block] = run.stdout.replace(str(tmp_path), "/tmp/nvflare")
+    finally:
+        end_all(tmp_path)
+
+    shows = re.findall(r"^```bash\n([^`]*)```\n\n```\n([^`]*)```", README, re.MULTILINE)
+    assert len(shows) == 2
+    for block, shown in shows:
+        for part in re.split(r"\[\.\.\.\]\n+", shown):  # what is left out
+            assert shape(part).strip() in shape(outputs[block])
+
+
+def shape(output):
+    """Return an output without its numbers, the time and the order of sites' reports, and which model is the best."""
+    output = output.replace("site-", "site").replace("The best is best_", "The best is ")
+    lines = re.sub(r"\d[\d.,:-]*", "0", output).splitlines()
+    return "\n".join(re.sub(r" +", " ", re.sub("^0 0 - INFO - ", "", line)) for line in lines)
