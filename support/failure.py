@@ -119,7 +119,7 @@ def last_exception(lines: list[str], otherwise: str = "") -> str | None:
     if full := [line for line in lines if re.match(r"OSError: \[Errno (27|28)\]", line)]:
         return one_line(full[0])  # of which the exception of torch.save that follows says nothing
     raised = []
-    for start in (i + 1 for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")):
+    for start in (i + 1 for i, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")):
         end = next((i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
         message = [
             line for line in lines[end : end + 4] if not re.match("During handling of|The above exception", line)
