@@ -78,7 +78,7 @@ class Federation:
         """Return a participant's log and those of its jobs, which NVFlare deletes some time after their end."""
         return set(self.kit(participant).glob("**/log.txt"))
 
-    def wait_for(self, participant: str, text: str, known: Set[Path] = frozenset(), seconds: float = 90) -> None:
+    def wait_for(self, participant: str, text: str, known: Set[Path] = frozenset(), seconds: float = 180) -> None:
         """Wait until a text is in a participant's logs, but for those that are known."""
         end = time.monotonic() + seconds
         while not any(text in log.read_text() for log in self.logs(participant) - known):

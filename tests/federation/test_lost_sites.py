@@ -31,6 +31,7 @@ def federation(tmp_path_factory):
 def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federation, tmp_path, accident):
     known = federation.logs("server")
     flags = ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3", "--num_rounds", "100000"]
+    flags += ["--train_size", "200", "--epochs", "20"]  # rounds of a second or two
     process = start_job(tmp_path / "workspace", *flags)
     federation.wait_for("server", "Round 1 started", known)
     if accident == "cut off":
