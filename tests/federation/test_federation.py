@@ -25,6 +25,7 @@ from conftest import (
 from documentation import command
 from provisioned import BIN, LEAD, PARTICIPANTS, SITES, Federation
 from reference import distance
+from wine import EVALUATE, OWN_FLAG, copy_with_wine, expected_wine
 
 SMALL = ["--train_size", "64", "--test_size", "100"]
 EVALUATED = [*SMALL, "--train_script", "client_with_eval.py", "--cross_site_eval"]
@@ -66,15 +67,24 @@ def equal(weights, others):
 
 
 def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_path):
-    flags = ["--dataset", "auto", *POC.split()[2:], *EVALUATED, "--n_clients", "3", "--data_root", str(images)]
-    run = run_job(tmp_path / "workspace", *flags, **online, **ONE_THREAD)
+    flags = ["--dataset", "auto", *POC.split()[2:], *EVALUATED, "--n_clients", "3"]
+    run = run_job(tmp_path / "workspace", *flags, "--data_root", f"{images}/{{site}}", **online, **ONE_THREAD)
     assert (run.status, run.errors) == (0, "")
     assert equal(run.weights(), simulated)
+    assert all((images / site / "cifar10-uint8.pt").exists() for site in SITES)
     assert "Data: cifar10, 64 training samples a site, 100 test samples." in run.output
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == set(SITES)
     assert f"tensorboard --logdir {run.results / 'tb_events'}" in run.output
     assert (run.folder / "poc").stat().st_mode & 0o077 == 0  # its certificate authority's key is in there
     assert not running(run.folder.parent)
+
+
+def test_own_model_and_data_run_in_poc_too(tmp_path):
+    repo = copy_with_wine(tmp_path / "repo")
+    run = run_job(tmp_path / "workspace", *POC.split()[2:], *EVALUATE, *OWN_FLAG, repo=repo, **ONE_THREAD)
+    assert (run.status, run.errors) == (0, "")
+    assert distance(run.weights(), expected_wine(rounds=2)) < 1e-6
+    assert "loss" in run.output.partition("The best is ")[2]
 
 
 def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):

@@ -1,46 +1,31 @@
 """Another network, other data, another metric: what docs/own-model-and-data.md says, done to copies of the program."""
 
-import argparse
 import difflib
-import functools
-import importlib.util
 import json
 import re
-import shlex
-import shutil
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import REPO, copy_repo, run_job, same_weights
-from documentation import command
-from reference import distance, fedavg
+from reference import distance
 from stages import MODEL
+from wine import (
+    DATA_DIFF,
+    EVALUATE,
+    MODEL_DIFF,
+    OWN_FLAG,
+    REGRESSION,
+    WINE,
+    apply,
+    copy_with_wine,
+    expected_wine,
+    load_module,
+)
 
-PAGE = (REPO / "docs" / "own-model-and-data.md").read_text()
-MODEL_DIFF, DATA_DIFF, REGRESSION, DROPOUT = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
-WINE = REPO / "docs" / "wine"
 SITES = ["site-1", "site-2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-def load_module(file):
-    spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def apply(diff, file):
-    """Change a file as a diff of the page says."""
-    source = file.read_text()
-    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
-        lines = hunk.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    file.write_text(source)
 
 
 def diff(old, new):
@@ -61,35 +46,13 @@ def test_page_shows_how_the_example_differs(name, shown):
 @pytest.fixture(scope="module")
 def wine(tmp_path_factory):
     """A copy of the repository with docs/wine's files in it, and the page's own flag in both clients."""
-    repo = copy_repo(tmp_path_factory.mktemp("wine") / "repo")
-    for name in ("model.py", "data.py"):
-        shutil.copy(WINE / name, repo / name)
-    for name in ("client.py", "client_with_eval.py"):
-        apply(DROPOUT, repo / name)
-    return repo
-
-
-def flags_of(words):
-    """Return the flags of job.py in a command of the page."""
-    return shlex.split(command("docs/own-model-and-data.md", words).partition("python job.py ")[2])
-
-
-EVALUATE, OWN_FLAG = flags_of("cp docs/wine/*.py ."), flags_of("--train_args")
+    return copy_with_wine(tmp_path_factory.mktemp("wine") / "repo")
 
 
 @pytest.fixture(scope="module")
 def evaluated(wine):
     flags = [*EVALUATE, *OWN_FLAG, "--json", str(wine.parent / "report.json")]
     return run_job(wine.parent / "evaluated", *flags, repo=wine, **ONE_THREAD)
-
-
-def expected_wine(**start):
-    """Return what plain PyTorch and a step-weighted mean give."""
-    model, data = load_module(WINE / "model.py"), load_module(WINE / "data.py")
-    args = argparse.Namespace(seed=0, n_clients=2, ratio=5)
-    train_sets = [data.load_data(args, site)[0] for site in SITES]
-    create_model = functools.partial(model.create_model, dropout=0.2)
-    return fedavg(train_sets, seed=0, create_model=create_model, drop_last=True, **start)
 
 
 def test_wine_is_averaged_as_plain_pytorch_and_arithmetic_say_buffers_included(evaluated):
