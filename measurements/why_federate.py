@@ -70,10 +70,10 @@ def measure(wanted: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """Measure, and return each measurement with what came of it: the accuracies after each round."""
     federated = [measurement for measurement in wanted if measurement["what"] in ("fedavg", "fedprox")]
     plain = [(measurement, args) for measurement in wanted if measurement not in federated]
-    for measurement in federated:
-        yield federate(measurement, args)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         yield from pool.imap_unordered(train_without_averages, plain)
+    for measurement in federated:
+        yield federate(measurement, args)
 
 
 def federate(measurement: dict, args: argparse.Namespace) -> dict:
