@@ -163,7 +163,7 @@ def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
     return finish(start_job(workspace, *flags, repo=repo, **env), workspace)
 
 
-def wait_until(condition, process, seconds=90):
+def wait_until(condition, process, seconds=240):
     """Wait until a condition of a running job.py holds, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
