@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from cifar10 import BATCHES_FOLDER
 from conftest import (
     changed_client,
     copy_repo,
@@ -68,6 +70,8 @@ def equal(weights, others):
 
 def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_path):
     flags = ["--dataset", "auto", *POC.split()[2:], *EVALUATED, "--n_clients", "3"]
+    for site in SITES:
+        shutil.copytree(images / BATCHES_FOLDER, images / site / BATCHES_FOLDER)
     run = run_job(tmp_path / "workspace", *flags, "--data_root", f"{images}/{{site}}", **online, **ONE_THREAD)
     assert (run.status, run.errors) == (0, "")
     assert equal(run.weights(), simulated)
