@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, metavar="N", help="of weights, shuffling and data (default: %(default)s)")
     flag("--initial_ckpt", metavar="FILE", help="start from saved weights")
     flag("--gpu", metavar="SPEC", help="GPUs that the clients use, such as 0 or 0,1 (default: the first)")
-    flag("--env", choices=["sim", "poc", "prod"], default="sim", help="see README.md (default: %(default)s)")
+    flag("--env", choices=["sim", "poc", "prod"], default="sim", help="see docs/real-sites.md (default: %(default)s)")
     flag("--startup_kit", type=Path, metavar="DIR", help="your admin startup kit for --env prod")
     flag("--workspace", default=WORKSPACE, metavar="DIR", help="where the results are kept (default: %(default)s)")
     flag("--json", metavar="FILE", help="write all that the summary says as a JSON document, too")
