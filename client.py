@@ -42,8 +42,8 @@ def train(model, train_loader, epochs, lr, device, writer, first_step):
             optimizer.step()
             losses.append(loss.detach())
             if len(losses) % log_interval == 0:
-                recent = torch.stack(losses[-log_interval:]).mean()
-                writer.add_scalar("train_loss", recent.item(), global_step=first_step + len(losses))
+                recent = torch.stack(losses[-log_interval:]).mean().item()
+                writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))
     return torch.stack(losses).mean().item()
 
 

@@ -21,10 +21,9 @@ from nvflare.recipe.spec import Recipe
 
 from support.console import relayed
 from support.failure import JobFailed
-from support.run import kill_processes_of
+from support.run import HERE, kill_processes_of
 from support.whole_models import WholeGlobalModels, WholeLocalModels
 
-HERE = Path(__file__).resolve().parent.parent
 POC_PORT = 8002  # of the server, by NVFlare's default
 LOGIN_TIMEOUT = 20  # seconds
 LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back

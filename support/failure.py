@@ -76,9 +76,8 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
     logged = [record["message"] for record in errors(logs[log])]
     raised = (last_exception(message.splitlines()) for message in logged)
     reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
-    if found := re.search(
-        r"trainer process.* exited \(rc=(-?\d+)\)", reason
-    ):  # "before completing the HELLO handshake"
+    # "... exited (rc=2) before completing the HELLO handshake"
+    if found := re.search(r"trainer process.* exited \(rc=(-?\d+)\)", reason):
         said = [line for line in printed if line.strip() and not re.match("launching|terminating", line)]
         reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
     if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):

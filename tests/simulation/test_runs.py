@@ -116,7 +116,7 @@ def full(disk):
 @pytest.mark.parametrize("small_disk", ["20m"], indirect=True)
 def test_disk_that_fills_up_during_a_run_is_one_clear_error_and_the_rounds_before_stay(small_disk):
     job = start_job(small_disk, *MANY_ROUNDS)
-    wait_until(lambda: in_training(small_disk, round=1), job, seconds=240)
+    wait_until(lambda: in_training(small_disk, round=1), job)
     with contextlib.suppress(OSError), open(small_disk / "thesis", "wb", buffering=0) as thesis:
         while True:
             thesis.write(bytes(4096))

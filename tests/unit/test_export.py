@@ -7,6 +7,8 @@ import pytest
 
 from conftest import REPO, finish, run_job, start_job
 
+CUSTOM = {"cifar10.py", "client.py", "data.py", "model.py", "support"}  # what travels with a job
+
 
 @pytest.mark.parametrize("flags", ["--export --gpu 0", "--export-dir", "--lr 0"])
 def test_bad_arguments_of_a_real_process(flags, tmp_path):
@@ -38,13 +40,7 @@ def test_exported_job_is_complete_and_names_nothing_of_this_machine(tmp_path):
     exported = tmp_path / "jobs" / "hello-pt"
     assert not (tmp_path / "workspace").exists()
     app = exported / "app"
-    assert {file.name for file in (app / "custom").iterdir()} == {
-        "cifar10.py",
-        "client.py",
-        "data.py",
-        "model.py",
-        "support",
-    }
+    assert {file.name for file in (app / "custom").iterdir()} == CUSTOM
     assert [file.name for file in (app / "custom" / "support").iterdir()] == ["whole_models.py"]
     server = json.loads((app / "config" / "config_fed_server.json").read_text())
     client = json.loads((app / "config" / "config_fed_client.json").read_text())
@@ -67,10 +63,4 @@ def test_exported_job_says_how_the_images_are_split(tmp_path):
     client = json.loads((app / "config" / "config_fed_client.json").read_text())
     command = " ".join(client["executors"][0]["executor"]["args"]["command"])
     assert "--n_clients 3" in command and "--split dirichlet --alpha 0.3" in command
-    assert {file.name for file in (app / "custom").iterdir()} == {
-        "cifar10.py",
-        "client.py",
-        "data.py",
-        "model.py",
-        "support",
-    }
+    assert {file.name for file in (app / "custom").iterdir()} == CUSTOM
