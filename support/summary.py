@@ -66,7 +66,7 @@ def print_summary(summary: dict) -> None:
         rows["final"] = models[FINAL_MODEL]
     sites = {site for row in (*rows.values(), *models.values()) for site in row} or settings["sites"]
     sites = sorted(sites, key=lambda site: (len(site), site))
-    print(f"\nDone: {settings['num_rounds']} rounds on {len(sites)} sites.")
+    print(f"\nDone: {count(settings['num_rounds'], 'round')} on {count(len(sites), 'site')}.")
     print(f"Data: {describe(summary['data'])}.")
     if summary["data"]["warning"]:
         print(f"      WARNING: {summary['data']['warning'].partition('. ')[0]}; the reason stands above.")
@@ -93,6 +93,10 @@ def print_summary(summary: dict) -> None:
     print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
     if not settings["evaluates"]:
         print("\nHow good is the model?\n  python job.py --train_script client_with_eval.py")
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def describe(data: dict) -> str:
