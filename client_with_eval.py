@@ -1,4 +1,4 @@
-"""client.py, line for line, plus evaluation, whose FLARE lines have the numbers from (13) on."""
+"""client.py plus evaluation: three lines changed (import, load_data, metrics), others added, FLARE's from (13) on."""
 
 import argparse
 import math
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from data import add_data_flags, load_data, make_loader
 from model import KEY_METRIC, create_model
 
-BEST_LOCAL_MODEL = Path("best_local_model.pt")  # in this site's folder of the job: a restarted client finds it
+# In this site's folder of the job. With fewer --num_threads than sites, NVFlare starts a new process for each task.
+BEST_LOCAL_MODEL = Path("best_local_model.pt")
 
 
 def parse_args() -> argparse.Namespace:
