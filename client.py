@@ -1,6 +1,7 @@
 """One site's local training: plain PyTorch, made federated by the twelve numbered FLARE lines."""
 
 import argparse
+import time
 
 import nvflare.client as flare  # (1) the Client API
 import torch
@@ -22,18 +23,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(model, train_loader, epochs, lr, device, writer, first_step):
-    """Train for some epochs with SGD and return the mean training loss, a float.
+def train(model, train_loader, epochs, lr, device, writer, first_step, place):
+    """Train for some epochs with SGD, print a line for each, and return the mean training loss, a float.
 
     Args:
         writer: takes `train_loss`, the mean cross-entropy since its last point, about ten times an epoch.
         first_step: how many optimizer steps came before; the points count on from there.
+        place: what the lines begin with.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     log_interval = max(1, len(train_loader) // 10)
     losses = []
     model.train()
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
+        start = time.monotonic()
         for images, labels in train_loader:
             images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
@@ -44,6 +47,8 @@ def train(model, train_loader, epochs, lr, device, writer, first_step):
             if len(losses) % log_interval == 0:
                 recent = torch.stack(losses[-log_interval:]).mean().item()
                 writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))
+        epoch_loss = torch.stack(losses[-len(train_loader) :]).mean().item()
+        print(f"{place}  epoch {epoch}/{epochs}  loss {epoch_loss:.4f}  {time.monotonic() - start:.0f} s")
     return torch.stack(losses).mean().item()
 
 
@@ -62,12 +67,11 @@ def main():
             global_model = flare.receive()  # (7) what came with it: the global model
             model.load_state_dict(global_model.params)  # (8) start from its weights
 
-            current_round = global_model.current_round  # (9) from 0
+            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) it counts from 0
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)  # a batch is a step
-            first_step = current_round * steps
-            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, first_step)
-            print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
+            place = f"{site_name}  round {current_round + 1}/{num_rounds}"
+            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps, place)
 
             local_model = flare.FLModel(  # (10) the local model
                 params=model.state_dict(),

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import time
 from pathlib import Path
 
 import nvflare.client as flare  # (1) the Client API
@@ -27,18 +28,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(model, train_loader, epochs, lr, device, writer, first_step):
-    """Train for some epochs with SGD and return the mean training loss, a float.
+def train(model, train_loader, epochs, lr, device, writer, first_step, place):
+    """Train for some epochs with SGD, print a line for each, and return the mean training loss, a float.
 
     Args:
         writer: takes `train_loss`, the mean cross-entropy since its last point, about ten times an epoch.
         first_step: how many optimizer steps came before; the points count on from there.
+        place: what the lines begin with.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     log_interval = max(1, len(train_loader) // 10)
     losses = []
     model.train()
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
+        start = time.monotonic()
         for images, labels in train_loader:
             images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
@@ -49,6 +52,8 @@ def train(model, train_loader, epochs, lr, device, writer, first_step):
             if len(losses) % log_interval == 0:
                 recent = torch.stack(losses[-log_interval:]).mean().item()
                 writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))
+        epoch_loss = torch.stack(losses[-len(train_loader) :]).mean().item()
+        print(f"{place}  epoch {epoch}/{epochs}  loss {epoch_loss:.4f}  {time.monotonic() - start:.0f} s")
     return torch.stack(losses).mean().item()
 
 
@@ -90,8 +95,8 @@ def main():
         while flare.is_running():  # (6) wait for the next task; False when the job has ended
             global_model = flare.receive()  # (7) what came with it: the global model
             if flare.is_submit_model():  # (13) the server wants this site's best local model
-                best = torch.load(BEST_LOCAL_MODEL, weights_only=True)
-                flare.send(flare.FLModel(params=best["model"]))  # (14)
+                best = torch.load(BEST_LOCAL_MODEL, weights_only=True) if BEST_LOCAL_MODEL.exists() else {"model": {}}
+                flare.send(flare.FLModel(params=best["model"]))  # (14) empty if it was never drawn to train
                 continue
             model.load_state_dict(global_model.params)  # (8) start from its weights
             metrics = evaluate(model, test_loader, device)
@@ -99,17 +104,15 @@ def main():
                 flare.send(flare.FLModel(metrics=metrics))  # (16)
                 continue
 
-            current_round = global_model.current_round  # (9) from 0
+            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) it counts from 0
             for name, value in metrics.items():
                 if value is not None:
                     writer.add_scalar(name, value, global_step=current_round)
-            print(f"{site_name}, round {current_round}: {KEY_METRIC[0]} of the global model {metrics[KEY_METRIC[0]]}")
 
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)  # a batch is a step
-            first_step = current_round * steps
-            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, first_step)
-            print(f"{site_name}, round {current_round}: mean training loss {train_loss:.4f}")
+            place = f"{site_name}  round {current_round + 1}/{num_rounds}"
+            train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps, place)
             keep_best(model, evaluate(model, test_loader, device))
 
             local_model = flare.FLModel(  # (10) the local model

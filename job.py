@@ -12,7 +12,7 @@ from nvflare.recipe.utils import add_cross_site_evaluation, add_final_global_eva
 from data import add_data_flags, check_data_flags, load_data, prepare_data
 from model import KEY_METRIC, create_model
 from support.arguments import OneLineParser, check, command_line
-from support.environments import PocEnv, ProdEnv, SimEnv, python_of, refuse_parts, send_along
+from support.environments import PocEnv, ProdEnv, SimEnv, guard_rounds, python_of, send_along
 from support.folder import keep_earlier_results
 from support.results import read_results
 from support.run import guarded
@@ -32,6 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--n_clients", type=int, default=2, metavar="N", help="clients site-1 ... site-N (default: %(default)s)")
     flag("--num_rounds", type=int, default=2, metavar="N", help="federated rounds (default: %(default)s)")
+    flag("--clients_per_round", type=int, metavar="N", help="train so many, drawn at random (default: all)")
+    flag("--min_sites", type=int, metavar="N", help="go on while so many are left (default: all)")
     flag("--num_threads", type=int, metavar="N", help="clients that train at the same time (default: all)")
     flag("--train_script", default=HERE / "client.py", metavar="F", help="client script (default: client.py)")
     flag("--train_args", default="", metavar="STRING", help="more flags for it, after = and in quotes")
@@ -59,7 +61,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         name=args.run_folder.name,
         model={"class_path": "model.create_model", "args": {"seed": args.seed}},  # the server calls it
         initial_ckpt=args.initial_ckpt and os.path.relpath(args.initial_ckpt),  # NVFlare sends a relative path along
-        min_clients=args.n_clients,
+        min_clients=args.clients_per_round,
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=command_line(args, ["epochs", "batch_size", "lr", "seed", "n_clients"], add_data_flags),
@@ -71,7 +73,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         key_metric_mode=mode,
     )
     send_along(recipe, args.train_script)
-    refuse_parts(recipe, min_sites=args.n_clients)
+    guard_rounds(recipe, args)
     add_experiment_tracking(recipe, "tensorboard")
     if args.cross_site_eval:
         add_cross_site_evaluation(recipe)
@@ -83,9 +85,9 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
 def make_env(args: argparse.Namespace) -> ExecEnv:
     """Choose where the recipe runs: NVFlare's environment of that name, with what support/environments.py adds."""
     if args.env == "prod":
-        return ProdEnv(args.run_folder, args.n_clients, startup_kit_location=str(args.startup_kit))
+        return ProdEnv(args.run_folder, args.min_sites, startup_kit_location=str(args.startup_kit))
     if args.env == "poc":
-        return PocEnv(args.run_folder, num_clients=args.n_clients)
+        return PocEnv(args.run_folder, args.min_sites, num_clients=args.n_clients)
     return SimEnv(args.run_folder, num_clients=args.n_clients, num_threads=args.num_threads, gpu_config=args.gpu)
 
 

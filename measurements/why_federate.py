@@ -112,7 +112,7 @@ def train_without_averages(measurement_and_args: tuple[dict, argparse.Namespace]
     model, steps, results = create_model(seed), 0, []
     for i in range(args.rounds):
         loader = make_loader(shares[i % len(shares)], BATCH_SIZE, shuffle_by=(seed, site, i))
-        train(model, loader, 1, LR, torch.device("cpu"), NoWriter(), 0)
+        train(model, loader, 1, LR, torch.device("cpu"), NoWriter(), 0, site)
         steps += len(loader)
         results.append(accuracies(model, test_set))
     classes = labels_of(train_set).bincount(minlength=10).tolist()

@@ -6,7 +6,9 @@ run.py           What holds before, during and after a run? One run a workspace,
 folder.py        Whose is a run's folder? Nothing is lost.
 failure.py       Which site failed, and why?
 console.py       What do a simulation's processes print, and what if it can't be written?
-whole_models.py  What does the server refuse? The one module that travels.
+progress.py      What of that, and of NVFlare's logs, is shown?
+follow.py        How does a job get on in a federation?
+server.py        What does the server do beside FedAvg? The one module that travels.
 environments.py  Where does it run? What NVFlare's SimEnv, PocEnv and ProdEnv need to run well.
 results.py       What did NVFlare leave?
 samples.py       What does each site train and test on?

@@ -14,7 +14,9 @@ from support.places import JOB_NAME, checkpoint, client_script, data_folder, jso
 
 GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"  # of SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two
 RANGES = {"n_clients": (1, 100), "lr": (1e-9, 100), "seed": (0, 2**32 - 1)}  # both ends included
-RANGES |= dict.fromkeys(["num_rounds", "num_threads", "epochs", "batch_size"], (1, 1_000_000))
+RANGES |= dict.fromkeys(
+    ["num_rounds", "num_threads", "clients_per_round", "min_sites", "epochs", "batch_size"], (1, 1_000_000)
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,7 +67,8 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
         parser.error(str(error))
     except Exception as error:  # of a mistake in a model.py or data.py
         parser.error(describe(error))
-    args.num_threads = args.num_threads or args.n_clients
+    for name in ("num_threads", "clients_per_round", "min_sites"):
+        setattr(args, name, getattr(args, name) or args.n_clients)
 
 
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
@@ -78,7 +81,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     simulator = (sys.executable, tempfile.gettempdir(), str(args.workspace))
     unfit = [path for path in simulator if not args.export and re.search(r"""[\s'"#\\]""", path)]  # split as by a shell
     groups, gpus = len(re.findall(GPU_GROUP, args.gpu or "")), f"{GPU_GROUP}(,{GPU_GROUP})*"
-    n_clients, num_threads = args.n_clients, args.num_threads or 1
+    n_clients = args.n_clients
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     return [
         ("num_threads" in given and args.env != "sim", "--num_threads is for --env sim"),
@@ -88,7 +91,17 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         ("json" in given and args.export, "--json is for a run, and says nothing to --export"),
         (args.export and args.env != "sim", f"--export and --env {args.env} are two ways to use a job: choose one"),
         ((args.env == "prod") != ("startup_kit" in given), "--env prod and --startup_kit go together"),
-        (num_threads > n_clients, f"--num_threads {num_threads} is more than --n_clients {n_clients}"),
+        *(
+            (
+                name in given and vars(args)[name] > n_clients,
+                f"--{name} {vars(args)[name]} is more than --n_clients {n_clients}",
+            )
+            for name in ("num_threads", "clients_per_round", "min_sites")
+        ),
+        (
+            args.env == "sim" and not args.export and (args.min_sites or n_clients) < n_clients,
+            "--min_sites is for --env poc or prod: NVFlare's simulator waits for a lost site for ever",
+        ),
         (
             "gpu" in given and not re.fullmatch(gpus, args.gpu),
             f"--gpu {args.gpu!r} is no list: write 0 or 0,1 or [0,1]",

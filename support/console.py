@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from support.progress import to_show
+
 
 def open_streams() -> None:
     """Close standard input, for nobody answers a client script, and open an output that was closed to nowhere."""
@@ -33,7 +35,7 @@ def failure_of_output(error: Exception) -> str:
 
 @contextlib.contextmanager
 def relayed(stop: Callable[[], None]) -> Iterator[None]:
-    """Print what processes print that are started in here, but not NVFlare's tracebacks: its log files have them.
+    """Print what is to be shown of what processes print that are started in here: NVFlare's log files have the rest.
 
     Its logging answers each record that it can't write with one more; then, or if we can't print, `stop` is called.
 
@@ -51,8 +53,10 @@ def relayed(stop: Callable[[], None]) -> Iterator[None]:
                 shown, unwritable = False, True
             elif line.startswith(b"Traceback "):
                 shown = False
-            elif found := re.match(rb"\d{4}-\d\d-\d\d [\d:,]+ - ([A-Z]+) - ", line):
-                shown, unwritable = found[1] not in (b"ERROR", b"CRITICAL"), False
+            elif found := re.match(rb"([A-Z]+) (\w+): (.*)", line):
+                text = to_show(found[2].decode(), found[3].decode(errors="surrogateescape"))
+                line = f"{text}\n".encode(errors="surrogateescape")
+                shown, unwritable = text is not None and found[1] not in (b"ERROR", b"CRITICAL"), False
             if failures:
                 continue
             if unwritable and (reason := re.search(rb"\[Errno \d+\] ([^:\n]*)", line)):

@@ -8,25 +8,22 @@ import os
 import shlex
 import socket
 import sys
-import time
 from pathlib import Path
 
 import nvflare.recipe
 import torch
-from nvflare.fuel.flare_api.api_spec import InvalidTarget
-from nvflare.fuel.flare_api.flare_api import NoConnection, Session, new_secure_session
 from nvflare.fuel.utils.log_utils import concise_log_dict
 from nvflare.job_config.api import FedJob
 from nvflare.recipe.spec import Recipe
 
 from support.console import relayed
 from support.failure import JobFailed
+from support.follow import LOGIN_TIMEOUT, LOST_AFTER, follow_and_fetch
+from support.progress import CONSOLE_FORMAT, LOGGERS
 from support.run import HERE, kill_processes_of
-from support.whole_models import WholeGlobalModels, WholeLocalModels
+from support.server import LogsOfSites, NoEmptyModels, Rounds, WholeGlobalModels, WholeLocalModels
 
 POC_PORT = 8002  # of the server, by NVFlare's default
-LOGIN_TIMEOUT = 20  # seconds
-LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back
 
 
 def send_along(recipe: Recipe, script: Path) -> None:
@@ -38,10 +35,23 @@ def send_along(recipe: Recipe, script: Path) -> None:
             recipe.add_client_file(str(HERE / module))
 
 
-def refuse_parts(recipe: Recipe, min_sites: int) -> None:
-    """Let the server refuse local models that aren't whole, and global models of fewer sites."""
-    recipe.add_server_input_filter(WholeLocalModels(), tasks=["train"])
-    recipe._job.to_server(WholeGlobalModels(min_sites), id="whole_global_models")  # as NVFlare 2.9.0's recipe.utils do
+def guard_rounds(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Let the server report the rounds, refuse models that aren't whole, and go on while args.min_sites sites are left.
+
+    A round may lack as many of the sites that are drawn for it as the job may lose.
+    """
+    spare = args.n_clients - args.min_sites
+    job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
+    job.job.min_clients = args.n_clients  # to begin; the recipe's min_clients is also how many a round draws
+    job.to_server(Rounds(args.num_rounds, args.min_sites, args.seed))
+    job.to_server(WholeGlobalModels(max(1, args.clients_per_round - spare)), id="whole_global_models")
+    recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
+    recipe.add_server_input_filter(NoEmptyModels(), tasks=["submit_model"])
+    if spare:  # a site that the server takes for dead is dead at once, and not after 60 and 30 s more
+        recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 5})
+    if args.env != "sim":
+        recipe.enable_log_streaming()  # of log.json, from where job.py reads how the sites get on
+        job.to_server(LogsOfSites())  # which takes the place of the receiver that this adds
 
 
 def python_of(args: argparse.Namespace) -> str:
@@ -77,11 +87,12 @@ class SimEnv(nvflare.recipe.SimEnv):
         return str(self.run_folder / "server" / "simulate_job")
 
     def quiet_console(self) -> Path:
-        """Make NVFlare show only the rounds and what clients print; its log files keep everything."""
+        """Make NVFlare print only what may be shown; its log files keep everything."""
         config = copy.deepcopy(concise_log_dict)
+        config["formatters"]["consoleFormatter"] = CONSOLE_FORMAT
         config["filters"]["ConciseFilter"] = {
             "()": "nvflare.fuel.utils.log_utils.LoggerNameFilter",
-            "logger_names": ["FedAvg", "CrossSiteModelEval", "ExternalProcessBackend"],
+            "logger_names": LOGGERS,
             "allow_all_error_logs": False,
         }
         file = self.run_folder / "local" / "log_config.json"
@@ -93,10 +104,10 @@ class SimEnv(nvflare.recipe.SimEnv):
 class PocEnv(nvflare.recipe.PocEnv):
     """NVFlare's proof of concept, in RUN_FOLDER/poc: a server and clients as processes of their own."""
 
-    def __init__(self, run_folder: Path, **kwargs):
+    def __init__(self, run_folder: Path, min_sites: int, **kwargs):
         os.environ["NVFLARE_POC_WORKSPACE"] = str(run_folder / "poc")
         super().__init__(extra={"login_timeout": LOST_AFTER}, **kwargs)
-        self.run_folder = run_folder
+        self.run_folder, self.min_sites = run_folder, min_sites
 
     def deploy(self, job: FedJob) -> str:
         with socket.socket() as probe:
@@ -109,20 +120,20 @@ class PocEnv(nvflare.recipe.PocEnv):
 
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
         kit = self._get_admin_startup_kit_path()
-        return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.num_clients)
+        return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.min_sites)
 
 
 class ProdEnv(nvflare.recipe.ProdEnv):
-    """A provisioned federation, of which a job needs at least `num_clients` sites."""
+    """A provisioned federation, of which a job needs at least `min_sites` sites."""
 
-    def __init__(self, run_folder: Path, num_clients: int, startup_kit_location: str):
+    def __init__(self, run_folder: Path, min_sites: int, startup_kit_location: str):
         try:
             admin = json.loads(Path(startup_kit_location, "startup", "fed_admin.json").read_text())
             user = str(admin["admin"]["username"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise OSError(f"{startup_kit_location} is not an admin's startup kit: no startup/fed_admin.json") from error
         super().__init__(startup_kit_location, LOGIN_TIMEOUT, user)
-        self.run_folder, self.num_clients = run_folder, num_clients
+        self.run_folder, self.min_sites = run_folder, min_sites
 
     def deploy(self, job: FedJob) -> str:
         return submit(super().deploy, job, self.startup_kit_location)
@@ -130,7 +141,7 @@ class ProdEnv(nvflare.recipe.ProdEnv):
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
         kit = self.startup_kit_location
         try:
-            return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.num_clients)
+            return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.min_sites)
         except SystemExit as stopped:
             stopped.left = f"the federation goes on with job {job_id}"
             raise
@@ -143,69 +154,3 @@ def submit(deploy, job: FedJob, place: str | Path) -> str:
         return deploy(job)
     except Exception as error:  # of NVFlare's many kinds
         raise ConnectionError(f"no connection to the federation, or refused by it ({error}): {place}") from error
-
-
-def follow_and_fetch(job_id: str, user: str, kit: str, run_folder: Path, num_clients: int) -> str:
-    """Wait for a job's end and fetch its results; return their folder.
-
-    Raises:
-        OSError: the job lost too many sites, or can't be followed; the message is one line.
-        JobFailed: the job failed; its results may hold the reason.
-    """
-    session = status = None
-    try:
-        session = new_secure_session(user, kit, timeout=LOGIN_TIMEOUT)
-        status, lost = follow(session, job_id, num_clients)
-        results = Path(session.download_job_result(job_id, str(run_folder / "server"))) / "workspace"
-    except Exception as error:  # of NVFlare's many kinds
-        if status:
-            raise OSError(f"job {job_id} ended as {status}, but its results can't be fetched ({error})") from error
-        raise ConnectionError(f"no connection to the federation ({error}): {kit}; job {job_id} may go on") from error
-    finally:
-        if session:
-            session.close()
-    if lost:
-        raise ConnectionError(f"{lost} (the results so far: {results})")
-    if status != "FINISHED:COMPLETED":
-        raise JobFailed(f"the job ended as {status}")
-    return str(results)
-
-
-def follow(session: Session, job_id: str, num_clients: int) -> tuple[str, str]:
-    """Show how a job gets on until it ends; abort it when it lacks a site for LOST_AFTER.
-
-    Returns:
-        The job's last status, and what was lost if it was aborted for that, else "".
-    """
-    start, last_seen, shown, lost = time.monotonic(), {}, set(), ""
-
-    def look(session, job_id, meta):
-        nonlocal lost
-        for news in meta.get("schedule_history", []) if meta["status"] == "SUBMITTED" else [meta["status"]]:
-            if news not in shown:
-                print(news, flush=True)
-                shown.add(news)
-
-        sites = [client.name for client in session.get_connected_client_list()]
-        if meta["status"] == "RUNNING":
-            sites = [site for site in sites if at_work(session, job_id, site)]
-        now = time.monotonic()
-        last_seen.update(dict.fromkeys(sites, now))
-        gone = sorted(site for site, when in last_seen.items() if now - when > LOST_AFTER)
-        left, needed = len(last_seen) - len(gone), max(len(last_seen), num_clients)
-        if left < needed and now - start > LOST_AFTER and not lost:
-            lost = f"only {left} of {needed} sites were there in the last {LOST_AFTER} s"
-            lost += f", not {' and '.join(gone)}" if gone else ""
-            session.abort_job(job_id)
-        return True
-
-    _, meta = session.monitor_job_and_return_job_meta(job_id, cb=look)
-    return meta["status"], lost
-
-
-def at_work(session: Session, job_id: str, site: str) -> bool:
-    """Ask a site whether it works on a job."""
-    try:
-        return any(job.get("job_id") == job_id for job in session.get_client_job_status([site]) or [])
-    except (NoConnection, InvalidTarget):  # no answer from the site, or it has just left
-        return False

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from support.progress import is_printed
+
 JOB_LOGS = ["server/log.json", "poc/*/*/server/*/log.json"]  # of a server that is at work on this machine
 SERVER_LOGS = [*JOB_LOGS, "server/*/workspace/log.json", "poc/*/*/server/log.json"]
 LOGS = ["*/log.json", "server/*/workspace/log.json", "poc/*/*/*/*/log.json"]  # simulated, downloaded, on this machine
-TRAINER = "ExternalProcessBackend"  # the logger of what a client script prints
 
 
 class JobFailed(Exception):
@@ -44,7 +45,7 @@ def sites_at_work(run_folder: Path) -> list[str]:
     for record in read_log(next(logs_of(run_folder, JOB_LOGS))):
         message, since = record["message"], datetime.strptime(record["asctime"], "%Y-%m-%d %H:%M:%S,%f")
         if found := re.search(r"Round (\d+) started", message):
-            round_number = found[1]
+            round_number = int(found[1]) + 1
         elif found := re.match(r"Sending task (\w+) to \[(.*)\]", message):
             at_work.update(dict.fromkeys(re.findall(r"[\w-]+", found[2]), (found[1], since)))
         elif found := re.search(r"assigned task to client (\S+): name=(\w+)", message):
@@ -72,16 +73,16 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
         return of_server
     log = min(first_errors, key=first_errors.get)
     site = next(part for part in log.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
-    printed = [record["message"] for record in logs[log] if record["name"] == TRAINER]
+    printed = [record["message"] for record in logs[log] if is_printed(record["name"], record["message"])]
     logged = [record["message"] for record in errors(logs[log])]
     raised = (last_exception(message.splitlines()) for message in logged)
     reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
     # "... exited (rc=2) before completing the HELLO handshake"
     if found := re.search(r"trainer process.* exited \(rc=(-?\d+)\)", reason):
-        said = [line for line in printed if line.strip() and not re.match("launching|terminating", line)]
+        said = [line for line in printed if line.strip()]
         reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
     if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):
-        site, refused = found[1], found[2] == "TASK_RESULT_FILTER_ERROR"  # by whole_models.py
+        site, refused = found[1], found[2] == "TASK_RESULT_FILTER_ERROR"  # by server.py
         reason = reason.removeprefix("ValueError: ") if refused else f"{found[2]}, of which its own log says more"
     return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
 
@@ -100,12 +101,17 @@ def logs_of(run_folder: Path, places: list[str]) -> Iterator[Path]:
 
 
 def read_log(log: Path) -> list[dict]:
+    with contextlib.suppress(OSError):
+        return parse_log(log.read_text(errors="replace"))
+    return []
+
+
+def parse_log(text: str) -> list[dict]:
     """Return the records of a log.json that are complete: each has asctime, name, levelname and message."""
     records = []
-    with contextlib.suppress(OSError):
-        for line in log.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # half a line
-                records.append(json.loads(line))
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # half a line
+            records.append(json.loads(line))
     return records
 
 

@@ -26,6 +26,7 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
         models: the same of each model that was evaluated at the end, by its name.
         key_metric: {"name": ..., "mode": ...}, as given.
         best_model: the better one of the global models, by the mean of key_metric over the sites; None if unknown.
+        lost_sites: of each site that was, for a round or for good, what happened: ["was lost in round 1/2", ...].
         diverged: whether the final model holds numbers that are not finite.
         paths: of the global models' files, of TensorBoard's, and of all.
 
@@ -38,12 +39,12 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
     rounds = final["meta_props"]["current_round"] + 1 if final else 0
     if rounds < args.num_rounds:
         raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")
-    models = read_evaluation(folder)
+    models, lost = read_evaluation(folder), read_lost_sites(folder)
     if args.evaluates:
-        sites = args.sites if args.env != "prod" else {site for by_site in models.values() for site in by_site}
+        sites = {site for reported in read_rounds(folder) for site in reported} - set(lost)
         for model in [FINAL_MODEL, *(sites if args.cross_site_eval else [])]:
-            if (count := len(models.get(model, {}))) < args.n_clients:
-                raise JobFailed(f"the model {model} was evaluated on {count} of {args.n_clients} sites")
+            if (count := len(models.get(model, {}))) < args.min_sites:
+                raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
     name, mode = key_metric
     scores = {}
     for model in (FINAL_MODEL, BEST_MODEL):
@@ -56,6 +57,7 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
         "models": models,
         "key_metric": {"name": name, "mode": mode},
         "best_model": best and {"name": best, name: scores[best]},
+        "lost_sites": lost,
         "diverged": not all(torch.as_tensor(weight).isfinite().all() for weight in final["model"].values()),
         "paths": {
             "models": [str(file) for file in files if file.exists()],
@@ -83,6 +85,12 @@ def read_rounds(folder: Path) -> list[dict]:
         reported = {site["name"]: {m["name"]: m["value"] for m in site["metrics"]} for site in record["sites"]}
         rounds.append({site: numbers(metrics) for site, metrics in reported.items()})
     return rounds
+
+
+def read_lost_sites(folder: Path) -> dict[str, list[str]]:
+    """Read which sites were lost; support/server.py writes it."""
+    file = folder / "lost_sites.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def read_evaluation(folder: Path) -> dict[str, dict]:

@@ -61,7 +61,7 @@ def complete_tensorboard(results: dict, num_rounds: int) -> None:
 def print_summary(summary: dict) -> None:
     """Print the data, the metrics of all rounds and sites, and where the models and the curves are."""
     settings, models = summary["settings"], summary["models"]
-    rows = {f"round {i}": metrics for i, metrics in enumerate(summary["rounds"])}
+    rows = {f"round {i}": metrics for i, metrics in enumerate(summary["rounds"], start=1)}
     if FINAL_MODEL in models:
         rows["final"] = models[FINAL_MODEL]
     sites = {site for row in (*rows.values(), *models.values()) for site in row} or settings["sites"]
@@ -70,6 +70,9 @@ def print_summary(summary: dict) -> None:
     print(f"Data: {describe(summary['data'])}.")
     if summary["data"]["warning"]:
         print(f"      WARNING: {summary['data']['warning'].partition('. ')[0]}; the reason stands above.")
+
+    for site, events in summary["lost_sites"].items():
+        print(f"Lost: {site} {', '.join(events)}.")
 
     evaluated = " (they evaluate the global model before they train it)" if settings["evaluates"] else ""
     print(f"\nWhat the sites reported in each round{evaluated}:")

@@ -160,7 +160,7 @@ def test_site_that_is_slow_is_named_again_and_again_and_not_ended(tmp_path):
     job = start_job(tmp_path / "workspace", *SMALL, "--train_script", str(script), before=patience)
     run = finish(job, tmp_path / "workspace")
     assert (run.status, run.errors) == (0, "")
-    named = re.findall(r"\njob\.py: still waiting for (\S+): at work on round 0 for (\d+) s", run.output)
+    named = re.findall(r"\njob\.py: still waiting for (\S+): at work on round 1 for (\d+) s", run.output)
     waits = [int(seconds) for site, seconds in named if site == "site-2"]
     assert len(waits) >= 2 and waits[-1] - waits[-2] >= 5  # at growing intervals
     assert named[-1][0] == "site-2"

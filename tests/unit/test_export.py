@@ -41,7 +41,7 @@ def test_exported_job_is_complete_and_names_nothing_of_this_machine(tmp_path):
     assert not (tmp_path / "workspace").exists()
     app = exported / "app"
     assert {file.name for file in (app / "custom").iterdir()} == CUSTOM
-    assert [file.name for file in (app / "custom" / "support").iterdir()] == ["whole_models.py"]
+    assert [file.name for file in (app / "custom" / "support").iterdir()] == ["server.py"]
     server = json.loads((app / "config" / "config_fed_server.json").read_text())
     client = json.loads((app / "config" / "config_fed_client.json").read_text())
     workflow = server["workflows"][0]

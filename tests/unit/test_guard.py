@@ -15,7 +15,7 @@ from support.failure import JobFailed
 from support.folder import MARK, MODEL, is_free, keep_earlier_results, lock_file
 from support.places import workspace_folder
 from support.results import read_results
-from support.whole_models import check_steps, check_weights
+from support.server import check_steps, check_weights
 
 
 class Hostile:

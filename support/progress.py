@@ -1,0 +1,22 @@
+"""What does a person see of a running job? What its scripts print, and what the server says of the rounds."""
+
+import re
+
+TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client script prints, and of some lines more
+LOGGERS = [TRAINER, "CrossSiteModelEval", "Rounds", "WholeLocalModels"]
+CONSOLE_FORMAT = {"()": "nvflare.fuel.utils.log_utils.BaseFormatter", "fmt": "%(levelname)s %(name)s: %(message)s"}
+
+
+def is_printed(logger: str, message: str) -> bool:
+    """Tell whether a record of a site's log is what its client script printed."""
+    own = r"(\[ME=|launching external trainer|HELLO accepted|trainer (readiness|session)|terminating trainer process)"
+    return logger == TRAINER and not re.match(own, message)
+
+
+def to_show(logger: str, message: str) -> str | None:
+    """Return what is shown of a record in a job's logs, if anything."""
+    if is_printed(logger, message) or logger in ("Rounds", "WholeLocalModels"):
+        return message
+    if logger == "CrossSiteModelEval" and message.startswith("Beginning model validation"):
+        return "the sites evaluate the models"
+    return None
