@@ -12,6 +12,7 @@ SMALL = {  # what makes a measurement one of seconds
     "python measurements/benchmark_job.py": "rounds --dataset synthetic",
     "python -m measurements.why_federate": "--dataset synthetic --train_size 400 --rounds 1 --seeds 1 "
     "--results /dev/null --plot /dev/null",
+    "python -m measurements.scale": "--sites 1 2 --parameters 62006 --results /dev/null --plot /dev/null",
 }
 
 
