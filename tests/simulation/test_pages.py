@@ -1,5 +1,6 @@
 """The commands of README.md and docs/ that run on one machine, one after the other as a new reader runs them."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -36,7 +37,8 @@ def test_commands_of_the_pages_run_and_readme_shows_what_they_print(online, tmp_
 
 
 def shape(output):
-    """Return an output without its numbers, the time and the order of sites' reports, and which model is the best."""
+    """Return an output without its numbers, the order of the sites' lines in a round, and which model is the best."""
     output = output.replace("site-", "site").replace("The best is best_", "The best is ")
-    lines = re.sub(r"\d[\d.,:-]*", "0", output).splitlines()
-    return "\n".join(re.sub(r" +", " ", re.sub("^0 0 - INFO - ", "", line)) for line in lines)
+    lines = [re.sub(r" +", " ", line) for line in re.sub(r"\d[\d.,:-]*", "0", output).splitlines()]
+    groups = itertools.groupby(lines, key=lambda line: line.startswith("site0 round"))
+    return "\n".join(line for of_sites, group in groups for line in (sorted(group) if of_sites else group))
