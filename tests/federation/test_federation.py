@@ -1,5 +1,6 @@
 """job.py on a server and sites of their own, poc and prod: the same as in a simulation, and when it goes wrong."""
 
+import itertools
 import json
 import re
 import shlex
@@ -118,11 +119,17 @@ def test_signal_stops_the_services_of_poc(tmp_path, number):
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, online):
-    """A federation each of whose sites has a folder of its own for CIFAR-10."""
+    """A federation each of whose sites has a folder of its own for CIFAR-10, and whose site-3 streams no logs."""
     federation = Federation(tmp_path_factory.mktemp("federation"))
     try:
         federation.run(PROVISION)
         federation.use_own_job_store()
+        resources = federation.kit("site-3") / "local" / "resources.json.default"
+        allowed = resources.read_text()
+        assert '"allow_log_streaming": true' in allowed
+        resources.with_suffix("").write_text(
+            allowed.replace('"allow_log_streaming": true', '"allow_log_streaming": false')
+        )
         federation.run(START_SERVER)
         federation.run(START_SITES, **online)
         for participant in PARTICIPANTS:
@@ -165,6 +172,17 @@ def run(federation, tmp_path_factory):
 def test_prod_ends_in_the_same_model(run, simulated):
     assert (run.status, run.errors) == (0, "")
     assert equal(run.weights(), simulated)
+
+
+def test_prod_shows_the_rounds_and_what_the_sites_print_unless_they_stream_no_log(run):
+    for i in (1, 2):
+        assert f"\nround {i}/2  begins\n" in run.output and f"\nround {i}/2  averaged 3 local models\n" in run.output
+        for site in SITES:
+            assert re.search(rf"\n{site}  round {i}/2  reports train_loss 2\.\d+, accuracy .*, loss .*\n", run.output)
+            epochs = re.findall(rf"\n{site}  round {i}/2  epoch [12]/2  loss 2\.\d{{4}}  \d+ s(?=\n)", run.output)
+            assert len(epochs) == (0 if site == "site-3" else 2)
+    assert run.output.count("site-3 sends no log, which its operator may have forbidden") == 1
+    assert "site-1 sends no log" not in run.output
 
 
 def test_models_metrics_and_curves_come_back(run, federation):
@@ -210,7 +228,8 @@ def test_operator_finds_the_jobs_code_command_submitter_and_log_at_the_site_afte
 def test_ctrl_c_ends_job_py_and_not_the_job_which_the_right_people_see_and_abort(federation, tmp_path):
     known = federation.logs("server")
     process = start_job(tmp_path / "workspace", *prod(federation), *SMALL, "--num_rounds", "100000")
-    federation.wait_for("server", "Round 1 started", known)
+    lines = itertools.takewhile(lambda line: "round 20/" not in line, process.stdout)  # while the job runs
+    assert any(line.startswith("site-1  round 2/100000  epoch 2/2  loss ") for line in lines)
     assert listening_on_the_network(federation) == {("server", 8002)}
     process.send_signal(signal.SIGINT)
     run = finish(process, tmp_path / "workspace")
