@@ -9,7 +9,10 @@ CONSOLE_FORMAT = {"()": "nvflare.fuel.utils.log_utils.BaseFormatter", "fmt": "%(
 
 def is_printed(logger: str, message: str) -> bool:
     """Tell whether a record of a site's log is what its client script printed."""
-    own = r"(\[ME=|launching external trainer|HELLO accepted|trainer (readiness|session)|terminating trainer process)"
+    own = (
+        r"\[ME=|launching external trainer \(launch |HELLO accepted from |trainer readiness confirmed from |"
+        r"trainer session established: launch=|terminating trainer process group \(pgid="
+    )
     return logger == TRAINER and not re.match(own, message)
 
 
