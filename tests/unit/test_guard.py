@@ -22,7 +22,7 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from support.failure import JobFailed
 from support.folder import MARK, MODEL, is_free, keep_earlier_results, lock_file
 from support.places import workspace_folder
-from support.progress import to_show
+from support.progress import TRAINER, to_show
 from support.results import read_results
 from support.server import WholeLocalModels, check_steps, check_weights
 
@@ -235,3 +235,8 @@ def test_good_model_of_a_site_that_can_be_spared_is_averaged(caplog):
 def test_bad_model_of_a_site_that_is_needed_ends_the_job():
     with pytest.raises(ValueError, match="weight is no tensor"):
         received(FLModel(params={**GLOBAL, "weight": "ones"}), spare=False)
+
+
+def test_site_can_colour_what_it_prints_and_do_nothing_else_to_a_terminal():
+    printed = "\x1b[32mgreen\x1b[0m\tGröße\x1b[2J\x1b]0;title\x07\x9b2J\r\x08\nline"
+    assert to_show(TRAINER, printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
