@@ -5,9 +5,7 @@ import re
 TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client script prints, and of some lines more
 LOGGERS = [TRAINER, "CrossSiteModelEval", "Rounds", "WholeLocalModels"]
 CONSOLE_FORMAT = {"()": "nvflare.fuel.utils.log_utils.BaseFormatter", "fmt": "%(levelname)s %(name)s: %(message)s"}
-CONTROLS = re.compile(
-    r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0a-\x1a\x1c-\x1f\x7f-\x9f]"
-)  # but tab and colours
+CONTROLS = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0a-\x1a\x1c-\x1f\x7f-\x9f]")  # but tab and colours
 
 
 def is_printed(logger: str, message: str) -> bool:

@@ -118,12 +118,18 @@ class WholeLocalModels(Filter):
         return shareable
 
 
-class NoEmptyModels(Filter):
-    """Tell cross-site evaluation that a site has no model to submit, since it was never drawn."""
+class WholeBestModels(Filter):
+    """Refuse a best local model that the other sites couldn't load; one is empty if its site was never drawn."""
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        if shareable.get_return_code() == ReturnCode.OK and not from_shareable(shareable).data:
-            return make_reply(ReturnCode.EXECUTION_RESULT_ERROR)
+        if shareable.get_return_code() == ReturnCode.OK:
+            if not (weights := from_shareable(shareable).data):
+                return make_reply(ReturnCode.EXECUTION_RESULT_ERROR)
+            try:
+                check_weights(weights, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
+            except ValueError as error:
+                site = fl_ctx.get_peer_context().get_identity_name()
+                raise ValueError(f"the best model of {site} is refused: {one_line(str(error))}") from None
         return shareable
 
 

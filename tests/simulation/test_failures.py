@@ -157,6 +157,17 @@ def test_site_that_sends_no_whole_model_ends_the_run_and_the_round_before_stays(
     assert (model["meta_props"]["current_round"], model["meta_props"]["nr_aggregated"]) == (0, 2)
 
 
+def test_best_model_that_the_other_sites_could_not_load_ends_the_run_with_the_name_of_its_site(tmp_path):
+    line = '                flare.send(flare.FLModel(params=best["model"]))'
+    fault = """                if site_name == "site-2":
+                    best["model"]["fc3.bias"] = torch.ones(11)"""
+    script = changed_client(tmp_path, "client_with_eval.py", line, fault)
+    run = run_job(tmp_path / "workspace", *SMALL, "--cross_site_eval", "--train_script", str(script))
+    assert run.status == 1 and run.errors.count("\n") == 1
+    reason = "the best model of site-2 is refused: its local model's fc3.bias has the shape (11,), not (10,)"
+    assert run.errors.startswith(f"job.py: error: server failed: ValueError: {reason} (see ")
+
+
 def test_metrics_and_curves_of_a_site_that_calls_itself_another_stay_its_own(tmp_path):
     fault = """metrics = {"accuracy": 99.0, "loss": 7.0}
                 writer.add_scalar("../site-1/forged", 1.0, global_step=0, record_origin="site-1")"""
