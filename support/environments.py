@@ -21,7 +21,7 @@ from support.failure import JobFailed
 from support.follow import LOGIN_TIMEOUT, LOST_AFTER, follow_and_fetch
 from support.progress import CONSOLE_FORMAT, LOGGERS
 from support.run import HERE, kill_processes_of
-from support.server import LogsOfSites, NoEmptyModels, Rounds, WholeGlobalModels, WholeLocalModels
+from support.server import LogsOfSites, Rounds, WholeBestModels, WholeGlobalModels, WholeLocalModels
 
 POC_PORT = 8002  # of the server, by NVFlare's default
 
@@ -46,7 +46,7 @@ def guard_rounds(recipe: Recipe, args: argparse.Namespace) -> None:
     job.to_server(Rounds(args.num_rounds, args.min_sites, args.seed))
     job.to_server(WholeGlobalModels(max(1, args.clients_per_round - spare)), id="whole_global_models")
     recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
-    recipe.add_server_input_filter(NoEmptyModels(), tasks=["submit_model"])
+    recipe.add_server_input_filter(WholeBestModels(), tasks=["submit_model"])
     if spare:  # a site that the server takes for dead is dead at once, and not after 60 and 30 s more
         recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 5})
     if args.env != "sim":

@@ -66,7 +66,7 @@ class Rounds(FLComponent):
         texts = (
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
         )
-        self.logger.info(f"{site}  {self.place}  reports {', '.join(texts) or 'no metrics'}")
+        self.logger.info(f"{site}  {self.place}  reports {one_line(', '.join(texts)) or 'no metrics'}")
 
     def lose(self, site: str, fl_ctx: FLContext, what: str) -> None:
         """Say what happened to a site, and keep it for the summary."""
@@ -97,6 +97,7 @@ class WholeLocalModels(Filter):
         self.spare = spare
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        site = fl_ctx.get_peer_context().get_identity_name()
         try:
             if shareable.get_return_code() != ReturnCode.OK:
                 if not self.spare:
@@ -109,18 +110,32 @@ class WholeLocalModels(Filter):
         except ValueError as error:
             if not self.spare:
                 raise
-            self.logger.warning(f"{fl_ctx.get_peer_context().get_identity_name()}  refused: {error}")
+            self.logger.warning(f"{site}  refused: {one_line(str(error))}")
             return DXO(DataKind.WEIGHTS, data={}).to_shareable()  # which FedAvg passes over
+        shareable.set_header(
+            MetaKey.SITE_NAME, site
+        )  # else NVFlare 2.9.0 believes the name that a script puts into meta
         return shareable
 
 
-class NoEmptyModels(Filter):
-    """Tell cross-site evaluation that a site has no model to submit, since it was never drawn."""
+class WholeBestModels(Filter):
+    """Refuse a best local model that the other sites couldn't load; one is empty if its site was never drawn."""
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        if shareable.get_return_code() == ReturnCode.OK and not from_shareable(shareable).data:
-            return make_reply(ReturnCode.EXECUTION_RESULT_ERROR)
+        if shareable.get_return_code() == ReturnCode.OK:
+            if not (weights := from_shareable(shareable).data):
+                return make_reply(ReturnCode.EXECUTION_RESULT_ERROR)
+            try:
+                check_weights(weights, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
+            except ValueError as error:
+                site = fl_ctx.get_peer_context().get_identity_name()
+                raise ValueError(f"the best model of {site} is refused: {one_line(str(error))}") from None
         return shareable
+
+
+def one_line(text: str) -> str:
+    """Return what a site says in one line that isn't long: it may say anything."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:300]).split())
 
 
 def check_weights(weights: dict, wanted: dict) -> None:
@@ -130,10 +145,15 @@ def check_weights(weights: dict, wanted: dict) -> None:
     if unknown := [name for name in weights if name not in wanted]:
         raise ValueError(f"its local model has {unknown[0]}, which the global model doesn't have")
     for name, value in wanted.items():
-        local, value = torch.as_tensor(weights[name]), torch.as_tensor(value)
+        value = torch.as_tensor(value)
+        try:
+            local = torch.as_tensor(weights[name])
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"its local model's {name} is no tensor") from None
         if local.shape != value.shape:
             raise ValueError(f"its local model's {name} has the shape {tuple(local.shape)}, not {tuple(value.shape)}")
-        if value.isfinite().all() and not local.isfinite().all():
+        finite = local.isfinite() & local.to(value.dtype).isfinite()  # 1e300 isn't, as float32
+        if value.isfinite().all() and not finite.all():
             raise ValueError(f"its local model's {name} isn't finite: training diverged, try a smaller --lr")
 
 

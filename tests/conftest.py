@@ -132,11 +132,14 @@ class Run:
         return torch.load(self.results / "app_server" / "FL_global_model.pt", weights_only=True)["model"]
 
 
-def start_job(workspace: Path, *flags: str, repo: Path = REPO, before: str = "", **env: str) -> subprocess.Popen:
+def start_job(
+    workspace: Path, *flags: str, repo: Path = REPO, before: str = "", output: int = subprocess.PIPE, **env: str
+) -> subprocess.Popen:
     """Start job.py in another working directory, on its own workspace and, by default, synthetic images.
 
     Args:
         before: Python statements for the process to begin with.
+        output: where standard output and standard error go; by default, each into a pipe of its own.
     """
     dataset = ["--dataset", "synthetic"] if "--dataset" in (repo / "data.py").read_text() else []
     command = [sys.executable, str(repo / "job.py")]
@@ -146,8 +149,8 @@ def start_job(workspace: Path, *flags: str, repo: Path = REPO, before: str = "",
         [*command, *dataset, "--workspace", str(workspace), *flags],
         cwd=workspace.parent,
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
         # What runs the tests may ignore these, as a shell's & does, and job.py would inherit that.
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],

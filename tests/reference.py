@@ -36,12 +36,19 @@ def fedavg(
     by_steps=True,
     create_model=create_model,
     drop_last=False,
+    drawn=None,
 ):
-    """Average the weights of sites with these training sets, by their steps or all alike, for some rounds."""
+    """Average the weights of sites with these training sets, by their steps or all alike, for some rounds.
+
+    Args:
+        drawn: the names of the sites that train in each round; by default all.
+    """
     weights = dict(weights or create_model(seed).state_dict())
     for round in range(rounds):
         results = []
         for i, train_set in enumerate(train_sets, start=1):
+            if drawn and f"site-{i}" not in drawn[round]:
+                continue
             model = create_model()
             model.load_state_dict(weights)
             results.append(train_locally(model, train_set, f"site-{i}", round, seed, batch_size, drop_last))

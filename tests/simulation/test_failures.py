@@ -1,5 +1,6 @@
 """A run that fails says which site failed and why: real runs, each of which depends on how NVFlare words it."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import changed_client, copy_repo, finish, run_job, running, start_job, wait_until
 from stages import ENDLESS, MANY_ROUNDS, MODEL, SMALL, in_training, trainer
@@ -38,10 +40,10 @@ def test_killed_process_ends_the_run(workspace, victim, round):
     assert (workspace / "hello-pt" / MODEL).exists() == (round > 0)
 
 
-def faulty_client(folder: Path, line: str, new: str) -> Path:
-    """Write a copy of client.py in which site-2 does something new in front of a line."""
+def faulty_client(folder: Path, line: str, new: str, script: str = "client.py") -> Path:
+    """Write a copy of a client script in which site-2 does something new in front of a line."""
     indent = " " * (len(line) - len(line.lstrip()))
-    return changed_client(folder, "client.py", line, f'{indent}if site_name == "site-2":\n{indent}    {new}')
+    return changed_client(folder, script, line, f'{indent}if site_name == "site-2":\n{indent}    {new}')
 
 
 def test_final_evaluation_that_fails_is_no_success(tmp_path):
@@ -130,6 +132,10 @@ def test_exception_in_a_users_own_module_is_one_line(tmp_path, module, line, new
     [
         ("weights.pop('fc3.bias')", "its local model lacks fc3.bias"),
         (
+            "weights['fc3.bias'] = torch.ones(1_000_000)",
+            "its local model's fc3.bias has the shape (1000000,), not (10,)",
+        ),
+        (
             "weights['fc3.bias'][3] = torch.inf",
             "its local model's fc3.bias isn't finite: training diverged, try a smaller --lr",
         ),
@@ -149,6 +155,34 @@ def test_site_that_sends_no_whole_model_ends_the_run_and_the_round_before_stays(
     assert run.errors.startswith(f"job.py: error: site-2 failed: {reason}") and run.errors.count("\n") == 1
     model = torch.load(run.results / "app_server" / "FL_global_model.pt", weights_only=True)
     assert (model["meta_props"]["current_round"], model["meta_props"]["nr_aggregated"]) == (0, 2)
+
+
+def test_best_model_that_the_other_sites_could_not_load_ends_the_run_with_the_name_of_its_site(tmp_path):
+    line = '                flare.send(flare.FLModel(params=best["model"]))'
+    fault = """                if site_name == "site-2":
+                    best["model"]["fc3.bias"] = torch.ones(11)"""
+    script = changed_client(tmp_path, "client_with_eval.py", line, fault)
+    run = run_job(tmp_path / "workspace", *SMALL, "--cross_site_eval", "--train_script", str(script))
+    assert run.status == 1 and run.errors.count("\n") == 1
+    reason = "the best model of site-2 is refused: its local model's fc3.bias has the shape (11,), not (10,)"
+    assert run.errors.startswith(f"job.py: error: server failed: ValueError: {reason} (see ")
+
+
+def test_metrics_and_curves_of_a_site_that_calls_itself_another_stay_its_own(tmp_path):
+    fault = """metrics = {"accuracy": 99.0, "loss": 7.0}
+                writer.add_scalar("../site-1/forged", 1.0, global_step=0, record_origin="site-1")"""
+    script = faulty_client(tmp_path, "            local_model = flare.FLModel(", fault, "client_with_eval.py")
+    forged = "{'client_name': 'site-1', 'site_name': 'site-1'} if site_name == 'site-2' else {}"
+    script.write_text(script.read_text().replace("meta={", f"meta={{**({forged}), "))
+    run = run_job(tmp_path / "workspace", *SMALL, "--train_script", str(script))
+    assert (run.status, run.errors) == (0, "")
+    assert re.search(r"site-2  round 1/1  reports train_loss .*, accuracy 99, loss 7\n", run.output)
+    (record,) = map(json.loads, (run.results / "metrics" / "round_metrics.jsonl").open())
+    sites = {site["name"]: {metric["name"]: metric["value"] for metric in site["metrics"]} for site in record["sites"]}
+    assert sites["site-2"]["accuracy"] == 99 and sites["site-1"]["accuracy"] < 50 and len(record["sites"]) == 2
+    folders = {folder.name: EventAccumulator(str(folder)) for folder in (run.results / "tb_events").iterdir()}
+    curves = {site: set(events.Reload().Tags()["scalars"]) for site, events in folders.items()}
+    assert curves == {"site-1": set(sites["site-1"]), "site-2": {*sites["site-2"], "../site-1/forged"}}
 
 
 # ---- A site that takes its time ----

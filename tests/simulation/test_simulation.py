@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import pty
 import re
 import shlex
 import shutil
@@ -16,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import REPO, TEST_IMAGES, changed_client, copy_repo, run_job, same_weights
+from conftest import REPO, TEST_IMAGES, Run, changed_client, copy_repo, run_job, same_weights, start_job
 
 SITES = ["site-1", "site-2"]
 SMALL = ["--train_size", "64", "--test_size", "100"]  # four steps an epoch
@@ -58,6 +60,33 @@ def test_training_alone_leaves_a_model_and_a_summary(plain):
     assert summary.endswith("\nHow good is the model?\n  python job.py --train_script client_with_eval.py\n")
 
 
+PROGRESS = {
+    "a round begins": r"round [12]/2  begins",
+    "an epoch": r"site-[12]  round [12]/2  epoch [12]/2  loss \d\.\d{4}  \d+ s",
+    "a report": r"site-[12]  round [12]/2  reports train_loss \d\.\d+(, accuracy [\d.]+, loss \d\.\d+)?",
+    "a mean": r"round [12]/2  averaged 2 local models",
+}
+EVALUATION = "the sites evaluate the models"
+
+
+def progress(output):
+    """Return the lines of a run between where NVFlare's logs are named and the summary."""
+    lines = output.splitlines()
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("NVFlare's logs: "))
+    return lines[start + 1 : lines.index("Done: 2 rounds on 2 sites.") - 1]
+
+
+def test_output_fits_on_a_screen_and_each_line_of_progress_says_how_the_rounds_get_on(plain, evaluated):
+    assert plain.output.count("\n") <= 40 and max(map(len, progress(plain.output))) <= 80
+    expected = {"a round begins": 2, "an epoch": 8, "a report": 4, "a mean": 2}
+    for run, more in ((plain, []), (evaluated, [EVALUATION])):
+        lines = progress(run.output)
+        found = {kind: [line for line in lines if re.fullmatch(text, line)] for kind, text in PROGRESS.items()}
+        assert {kind: len(set(of_kind)) for kind, of_kind in found.items()} == expected
+        assert [line for line in lines if not any(line in of_kind for of_kind in found.values())] == more
+        assert lines[0] == "round 1/2  begins" and lines[-1] == (more or ["round 2/2  averaged 2 local models"])[0]
+
+
 def test_nothing_alarms_a_user(plain, evaluated):
     for run in (plain, evaluated):
         assert "Traceback" not in run.output + run.errors
@@ -69,11 +98,33 @@ def test_evaluation_leaves_the_trained_weights_alone(plain, evaluated):
     assert same_weights(plain.weights(), evaluated.weights())
 
 
-def test_one_client_at_a_time_trains_the_same_weights(plain, tmp_path):
-    # Each client's process is started anew for every round, and all of its state with it.
-    one_by_one = run_job(tmp_path / "workspace", *SMALL, "--num_threads", "1", **ONE_THREAD)
-    assert one_by_one.status == 0, one_by_one.errors
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory):
+    """A run in a terminal, which starts each client's process anew for every round, and all of its state with it."""
+    workspace = tmp_path_factory.mktemp("one_by_one") / "workspace"
+    screen, terminal = pty.openpty()
+    job = start_job(workspace, *SMALL, "--num_threads", "1", output=terminal, **ONE_THREAD)
+    os.close(terminal)
+    output = b""
+    with contextlib.suppress(OSError):  # the end, when the last process has closed it
+        while read := os.read(screen, 4096):
+            output += read
+    os.close(screen)
+    return Run(job.wait(), output.decode().replace("\r\n", "\n"), "", workspace / "hello-pt")
+
+
+def test_one_client_at_a_time_trains_the_same_weights(plain, one_by_one):
+    assert one_by_one.status == 0, one_by_one.output
     assert same_weights(plain.weights(), one_by_one.weights())
+
+
+def test_output_in_a_terminal_is_that_in_a_file_but_for_seconds(plain, one_by_one):
+    def lines(run):
+        text = re.sub(r"  \d+ s$", "  s", run.output.replace(str(run.folder), "RUN"), flags=re.MULTILINE)
+        return text.splitlines()
+
+    assert plain.errors == "" and sorted(lines(plain)) == sorted(lines(one_by_one))  # sites differ in who is first
+    assert lines(plain).index("Done: 2 rounds on 2 sites.") == lines(one_by_one).index("Done: 2 rounds on 2 sites.")
 
 
 def test_train_loss_is_logged_at_every_step_of_a_small_run(plain, evaluated):
@@ -214,12 +265,33 @@ def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp
         assert accuracy * TEST_IMAGES / 100 == round(accuracy * TEST_IMAGES / 100)  # of the small CIFAR-10
 
 
-def test_script_elsewhere_that_reports_odd_metrics_gets_its_summary(tmp_path):
+PRINTED = [
+    "Größe \U0001f600 工作区",
+    "  indented,\tand between \x1b[32mgreen\x1b[0m words",
+    "2026-11-25 09:29:36,687 - INFO - like a record",
+    "ERROR Rounds: like a record of ours",
+    "launching external trainer, it says",
+    "--- Logging error ---",
+    "Traceback (most recent call last):",
+    '  File "mine.py", line 1, in <module>',
+    "long " * 4000 + "line",
+    "the last one",
+]
+
+
+def test_script_elsewhere_that_prints_and_reports_what_is_odd_gets_its_summary(tmp_path):
     line = "                flare.send(flare.FLModel(metrics=metrics))"
-    odd = """                metrics = {"accuracy": "high", "loss": None, "note": [1, 2], "mean": 1.5}"""
+    text = "\n\n".join(PRINTED)
+    odd = f"""                if site_name == "site-2":
+                    print({text!r})
+                metrics = {{"accuracy": "high", "loss": None, "note": [1, 2], "mean": 1.5}}"""
     script = changed_client(tmp_path, "client_with_eval.py", line, odd)
     flags = [*SMALL, "--split", "iid", "--train_script", str(script)]
     run = run_job(tmp_path / "workspace", *flags)
     assert (run.status, run.errors) == (0, "")
+    lines = progress(run.output)
+    models = cross_site_results(run)["site-2"]
+    # All of it but the empty lines, which NVFlare drops.
+    assert lines[lines.index(EVALUATION) + 1 :] == PRINTED * len(models)
     assert run.output.endswith(f"tensorboard --logdir {run.results / 'tb_events'}\n")
     assert scalars(run, "site-1")["mean"] == {2: 1.5}

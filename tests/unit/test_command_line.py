@@ -61,6 +61,10 @@ def files(tmp_path, monkeypatch):
             for name in ("n_clients", "num_rounds", "num_threads", "epochs", "batch_size", "train_size", "test_size")
             for value in ("0", "-1", "1.5", "two", "nan", "99999999999", "")
         ),
+        *(f"--{name} {value}" for name in ("clients_per_round", "min_sites") for value in ("0", "-1", "1.5", "3", "")),
+        "--n_clients 4 --clients_per_round 5",
+        *(f"--env {env} --min_sites 3" for env in ("poc", "prod --startup_kit kit")),
+        "--min_sites 1",
         "--n_clients 101",
         "--train_size 50001",
         "--test_size 10001",
@@ -186,6 +190,27 @@ def test_checkpoint_may_be_whatever_load_state_dict_takes(files, monkeypatch):
 def test_flags_that_an_export_has_no_use_for_are_refused(flags, files, capsys, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--export"])  # which NVFlare takes out of sys.argv
     test_bad_arguments_are_refused_in_one_line(flags, files, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--clients_per_round 3", "--clients_per_round 3 is more than --n_clients 2"),
+        ("--clients_per_round 0", "argument --clients_per_round: 0 is not from 1 to 1000000"),
+        ("--min_sites 1", "--min_sites is for --env poc or prod: NVFlare's simulator waits for a lost site for ever"),
+    ],
+)
+def test_number_of_sites_that_cannot_be_is_told_why(flags, reason, files, capsys):
+    with pytest.raises(SystemExit) as exit:
+        job.parse_args(flags.split())
+    assert (exit.value.code, capsys.readouterr().err) == (2, f"job.py: error: {reason}\n")
+
+
+def test_all_sites_train_and_are_needed_unless_told_otherwise(files):
+    args = job.parse_args(["--n_clients", "4"])
+    assert (args.clients_per_round, args.min_sites) == (4, 4)
+    args = job.parse_args(["--n_clients", "4", "--clients_per_round", "2", "--env", "poc", "--min_sites", "3"])
+    assert (args.clients_per_round, args.min_sites) == (2, 3)
 
 
 def test_importing_job_changes_nothing():

@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.abstract.model import make_model_learnable
+from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.app_common.workflows.fedavg import FedAvg
 
 from support.failure import JobFailed
 from support.folder import MARK, MODEL, is_free, keep_earlier_results, lock_file
 from support.places import workspace_folder
+from support.progress import TRAINER, to_show
 from support.results import read_results
-from support.server import check_steps, check_weights
+from support.server import WholeLocalModels, check_steps, check_weights
 
 
 class Hostile:
@@ -162,6 +171,9 @@ def test_whole_local_model_is_taken():
         ({"weight": None}, "lacks weight$"),
         ({"weight": torch.ones(4)}, r"weight has the shape \(4,\), not \(2, 2\)"),
         ({"weight": torch.tensor([[1, torch.nan], [1, 1]])}, "weight isn't finite: training diverged"),
+        ({"weight": torch.full((2, 2), 1e300, dtype=torch.float64)}, "weight isn't finite: training diverged"),
+        ({"count": torch.tensor(torch.nan)}, "count isn't finite: training diverged"),
+        ({"weight": "ones"}, "weight is no tensor"),
         ({"extra": torch.ones(1)}, "has extra, which the global model doesn't have"),
     ],
 )
@@ -175,3 +187,56 @@ def test_local_model_that_is_not_whole_is_refused(change, reason):
 def test_number_of_steps_that_is_none_is_refused(steps):
     with pytest.raises(ValueError, match="no positive number"):
         check_steps(steps)
+
+
+def received(model, return_code=ReturnCode.OK, spare=True):
+    """Return what WholeLocalModels makes of a local model from site-2, as it arrives at the server."""
+    result, fl_ctx, peer = FLModelUtils.to_shareable(model), FLContext(), FLContext()
+    result.set_return_code(return_code)
+    peer.set_prop(ReservedKey.IDENTITY_NAME, "site-2")
+    fl_ctx.set_peer_context(peer)
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(GLOBAL, {}))
+    return WholeLocalModels(spare).process(result, fl_ctx)
+
+
+def is_averaged(result):
+    """Tell whether NVFlare's FedAvg takes a result into its mean."""
+    controller = FedAvg(num_clients=2)
+    controller.fl_ctx, controller.current_round = FLContext(), 0
+    controller._aggr_helper, controller._aggr_metrics_helper = WeightedAggregationHelper(), WeightedAggregationHelper()
+    return controller._aggregate_one_result(FLModelUtils.from_shareable(result))
+
+
+@pytest.mark.parametrize(
+    "change, meta, return_code, reason",
+    [
+        ({"weight": torch.ones(4)}, {}, "OK", "its local model's weight has the shape (4,), not (2, 2)"),
+        ({"weight": torch.full((2, 2), torch.nan)}, {}, "OK", "its local model's weight isn't finite"),
+        ({"x\n\x1b[2J" * 1000: torch.ones(1)}, {}, "OK", "its local model has x [2Jx [2Jx"),
+        ({}, {"NUM_STEPS_CURRENT_ROUND": -1}, "OK", "its NUM_STEPS_CURRENT_ROUND is -1, which is no positive number"),
+        ({}, {}, "EXECUTION_EXCEPTION", "its client says EXECUTION_EXCEPTION"),
+    ],
+)
+def test_bad_model_of_a_site_that_can_be_spared_is_passed_over_and_a_line_says_why(
+    change, meta, return_code, reason, caplog
+):
+    result = received(FLModel(params={**GLOBAL, **change}, meta=meta), return_code)
+    (line,) = caplog.messages
+    assert line.startswith(f"site-2  refused: {reason}") and len(line) < 400 and line.isprintable()
+    assert to_show(caplog.records[0].name.rpartition(".")[2], line) == line
+    assert not is_averaged(result)
+
+
+def test_good_model_of_a_site_that_can_be_spared_is_averaged(caplog):
+    assert is_averaged(received(FLModel(params=GLOBAL, meta={"NUM_STEPS_CURRENT_ROUND": 3})))
+    assert caplog.messages == []
+
+
+def test_bad_model_of_a_site_that_is_needed_ends_the_job():
+    with pytest.raises(ValueError, match="weight is no tensor"):
+        received(FLModel(params={**GLOBAL, "weight": "ones"}), spare=False)
+
+
+def test_site_can_colour_what_it_prints_and_do_nothing_else_to_a_terminal():
+    printed = "\x1b[32mgreen\x1b[0m\tGröße\x1b[2J\x1b]0;title\x07\x9b2J\r\x08\nline"
+    assert to_show(TRAINER, printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
