@@ -62,6 +62,8 @@ class Rounds(FLComponent):
         if not fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED):
             self.lose(site, fl_ctx, "was left out")
             return
+        if site in self.lost:
+            self.lose(site, fl_ctx, "came back")
         metrics = from_shareable(fl_ctx.get_prop(AppConstants.TRAINING_RESULT)).meta.get(MetaKey.INITIAL_METRICS) or {}
         texts = (
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
@@ -69,7 +71,9 @@ class Rounds(FLComponent):
         self.logger.info(f"{site}  {self.place}  reports {', '.join(texts) or 'no metrics'}")
 
     def lose(self, site: str, fl_ctx: FLContext, what: str) -> None:
-        """Say what happened to a site, and keep it for the summary."""
+        """Say what happened to a site, unless it is the same as before, and keep it for the summary."""
+        if site in self.lost and self.lost[site][-1].startswith(what):
+            return
         self.logger.info(f"{site}  {self.place}  {what}")
         self.lost.setdefault(site, []).append(f"{what} in {self.place}")
         run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
