@@ -40,7 +40,7 @@ class Presence(FLComponent):
                     sites, ReservedTopic.JOB_HEART_BEAT, Shareable(), ASK_EVERY, fl_ctx, optional=True
                 )
                 now = time.monotonic()
-                for site, reply in replies.items():
+                for site, reply in (replies or {}).items():
                     if reply.get_return_code() == ReturnCode.OK:
                         last_answer[site] = now
                     elif now - last_answer.get(site, now) > SILENT_AFTER:
