@@ -85,9 +85,9 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
 def make_env(args: argparse.Namespace) -> ExecEnv:
     """Choose where the recipe runs: NVFlare's environment of that name, with what support/environments.py adds."""
     if args.env == "prod":
-        return ProdEnv(args.run_folder, args.min_sites, startup_kit_location=str(args.startup_kit))
+        return ProdEnv(args)
     if args.env == "poc":
-        return PocEnv(args.run_folder, args.min_sites, num_clients=args.n_clients)
+        return PocEnv(args)
     return SimEnv(args.run_folder, num_clients=args.n_clients, num_threads=args.num_threads, gpu_config=args.gpu)
 
 

@@ -8,7 +8,8 @@ failure.py       Which site failed, and why?
 console.py       What do a simulation's processes print, and what if it can't be written?
 progress.py      What of that, and of NVFlare's logs, is shown?
 follow.py        How does a job get on in a federation?
-server.py        What does the server do beside FedAvg? The one module that travels.
+server.py        What does the server do beside FedAvg? It travels with the job.
+presence.py      How does a job do without a site that it lost? It travels, too.
 environments.py  Where does it run? What NVFlare's SimEnv, PocEnv and ProdEnv need to run well.
 results.py       What did NVFlare leave?
 samples.py       What does each site train and test on?

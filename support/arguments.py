@@ -103,6 +103,10 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
             "--min_sites is for --env poc or prod: NVFlare's simulator waits for a lost site for ever",
         ),
         (
+            (args.clients_per_round or n_clients) <= n_clients - (args.min_sites or n_clients),
+            "a round could draw only sites that are lost: raise --clients_per_round or --min_sites",
+        ),
+        (
             "gpu" in given and not re.fullmatch(gpus, args.gpu),
             f"--gpu {args.gpu!r} is no list: write 0 or 0,1 or [0,1]",
         ),

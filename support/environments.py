@@ -19,6 +19,7 @@ from nvflare.recipe.spec import Recipe
 from support.console import relayed
 from support.failure import JobFailed
 from support.follow import LOGIN_TIMEOUT, LOST_AFTER, follow_and_fetch
+from support.presence import Dispensable, Presence
 from support.progress import CONSOLE_FORMAT, LOGGERS
 from support.run import HERE, kill_processes_of
 from support.server import LogsOfSites, Rounds, WholeBestModels, WholeGlobalModels, WholeLocalModels
@@ -47,8 +48,12 @@ def guard_rounds(recipe: Recipe, args: argparse.Namespace) -> None:
     job.to_server(WholeGlobalModels(max(1, args.clients_per_round - spare)), id="whole_global_models")
     recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
     recipe.add_server_input_filter(WholeBestModels(), tasks=["submit_model"])
-    if spare:  # a site that the server takes for dead is dead at once, and not after 60 and 30 s more
-        recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 5})
+    if spare:
+        job.to_server(Presence())
+        job.to_clients(Dispensable())
+        # A site that is reported as dead is dead at once, and in later rounds from their start: in NVFlare 2.9.0 60 s
+        # after the report, and 30 s after the start of each round.
+        recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
     if args.env != "sim":
         recipe.enable_log_streaming()  # of log.json, from where job.py reads how the sites get on
         job.to_server(LogsOfSites())  # which takes the place of the receiver that this adds
@@ -104,10 +109,10 @@ class SimEnv(nvflare.recipe.SimEnv):
 class PocEnv(nvflare.recipe.PocEnv):
     """NVFlare's proof of concept, in RUN_FOLDER/poc: a server and clients as processes of their own."""
 
-    def __init__(self, run_folder: Path, min_sites: int, **kwargs):
-        os.environ["NVFLARE_POC_WORKSPACE"] = str(run_folder / "poc")
-        super().__init__(extra={"login_timeout": LOST_AFTER}, **kwargs)
-        self.run_folder, self.min_sites = run_folder, min_sites
+    def __init__(self, args: argparse.Namespace):
+        os.environ["NVFLARE_POC_WORKSPACE"] = str(args.run_folder / "poc")
+        super().__init__(num_clients=args.n_clients, extra={"login_timeout": LOST_AFTER})
+        self.args, self.run_folder = args, args.run_folder
 
     def deploy(self, job: FedJob) -> str:
         with socket.socket() as probe:
@@ -120,28 +125,28 @@ class PocEnv(nvflare.recipe.PocEnv):
 
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
         kit = self._get_admin_startup_kit_path()
-        return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.min_sites)
+        return follow_and_fetch(job_id, self.username, kit, self.args)
 
 
 class ProdEnv(nvflare.recipe.ProdEnv):
-    """A provisioned federation, of which a job needs at least `min_sites` sites."""
+    """A provisioned federation."""
 
-    def __init__(self, run_folder: Path, min_sites: int, startup_kit_location: str):
+    def __init__(self, args: argparse.Namespace):
+        kit = args.startup_kit
         try:
-            admin = json.loads(Path(startup_kit_location, "startup", "fed_admin.json").read_text())
+            admin = json.loads((kit / "startup" / "fed_admin.json").read_text())
             user = str(admin["admin"]["username"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise OSError(f"{startup_kit_location} is not an admin's startup kit: no startup/fed_admin.json") from error
-        super().__init__(startup_kit_location, LOGIN_TIMEOUT, user)
-        self.run_folder, self.min_sites = run_folder, min_sites
+            raise OSError(f"{kit} is not an admin's startup kit: no startup/fed_admin.json") from error
+        super().__init__(str(kit), LOGIN_TIMEOUT, user)
+        self.args = args
 
     def deploy(self, job: FedJob) -> str:
         return submit(super().deploy, job, self.startup_kit_location)
 
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
-        kit = self.startup_kit_location
         try:
-            return follow_and_fetch(job_id, self.username, kit, self.run_folder, self.min_sites)
+            return follow_and_fetch(job_id, self.username, self.startup_kit_location, self.args)
         except SystemExit as stopped:
             stopped.left = f"the federation goes on with job {job_id}"
             raise

@@ -1,40 +1,59 @@
 """How does a job get on in a federation? Asked every two seconds, until it ends and its results are here."""
 
+import argparse
+import contextlib
 import time
 from pathlib import Path
 
-from nvflare.fuel.flare_api.api_spec import InvalidTarget
+from nvflare.fuel.flare_api.api_spec import AuthorizationError, InvalidTarget, JobNotRunning
 from nvflare.fuel.flare_api.flare_api import NoConnection, Session, new_secure_session
 
-from support.failure import JobFailed, parse_log
-from support.progress import to_show
-from support.results import read_lost_sites
+from support.failure import JobFailed, parse_log, read_log
+from support.progress import TRAINER, to_show
+from support.results import completed_rounds, read_lost_sites
 
 LOGIN_TIMEOUT = 20  # seconds
 LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back
 
 
-def follow_and_fetch(job_id: str, user: str, kit: str, run_folder: Path, min_sites: int) -> str:
+def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace) -> str:
     """Show how a job gets on until it ends, and fetch its results; return their folder.
 
     Raises:
-        OSError: the job lost too many sites, or can't be followed; the message is one line.
+        OSError: the job lost too many sites or its server, or can't be followed; the message is one line.
         JobFailed: the job failed; its results may hold the reason.
     """
-    session = status = None
-    try:
-        session = new_secure_session(user, kit, timeout=LOGIN_TIMEOUT)
-        status, lost = follow(session, job_id, min_sites)
-        results = Path(session.download_job_result(job_id, str(run_folder / "server"))) / "workspace"
-    except Exception as error:  # of NVFlare's many kinds
-        if status:
-            raise OSError(f"job {job_id} ended as {status}, but its results can't be fetched ({error})") from error
-        raise ConnectionError(f"no connection to the federation ({error}): {kit}; job {job_id} may go on") from error
-    finally:
-        if session:
-            session.close()
-    if status != "FINISHED:COMPLETED" and (events := read_lost_sites(results)) and not lost:
-        lost = "; ".join(f"{site} {', '.join(what)}" for site, what in sorted(events.items()))
+    follower = Follower(job_id, args.min_sites)
+    while True:
+        session = None
+        try:
+            session = new_secure_session(user, kit, timeout=LOGIN_TIMEOUT)
+            follower.follow(session)
+            if follower.abandoned:
+                break
+            results = Path(session.download_job_result(job_id, str(args.run_folder / "server"))) / "workspace"
+            break
+        except Exception as error:  # of NVFlare's many kinds
+            if status := follower.status:
+                raise OSError(f"job {job_id} ended as {status}, but its results can't be fetched ({error})") from error
+            if time.monotonic() - follower.last_answer > LOST_AFTER:
+                raise ConnectionError(
+                    f"no connection to the federation ({error}): {kit}; job {job_id} may go on"
+                ) from error
+            time.sleep(2)
+        finally:
+            if session:
+                session.close()
+    if follower.abandoned:
+        rounds = f"the rounds before are in {job_id}/app_server of its folder"
+        raise ConnectionError(f"the server was started again, and doesn't go on with the job: {rounds}")
+    follower.show_records(read_log(results / "log.json"))  # what came since it was last asked
+    status, lost, events = follower.status, follower.lost, read_lost_sites(results)
+    if status != "FINISHED:COMPLETED" and events and args.min_sites < args.n_clients:
+        if completed_rounds(results) == args.num_rounds:
+            # NVFlare 2.9.0 waits 900 s for a lost site to say how the job ended there, or calls the job abnormal.
+            return str(results)
+        lost = lost or "; ".join(f"{site} {', '.join(what)}" for site, what in sorted(events.items()))
     if lost:
         raise ConnectionError(f"{lost} (the results so far: {results})")
     if status != "FINISHED:COMPLETED":
@@ -42,64 +61,81 @@ def follow_and_fetch(job_id: str, user: str, kit: str, run_folder: Path, min_sit
     return str(results)
 
 
-def follow(session: Session, job_id: str, min_sites: int) -> tuple[str, str]:
-    """Show how a job gets on until it ends; abort it when it lacks a site that it needs for LOST_AFTER.
+class Follower:
+    """Shows how a job gets on; aborts it when it lacks a site that it needs for LOST_AFTER."""
 
-    Returns:
-        The job's last status, and what was lost if it was aborted for that, else "".
-    """
-    start, last_seen, shown, lost = time.monotonic(), {}, set(), ""
+    def __init__(self, job_id: str, min_sites: int):
+        self.job_id, self.min_sites = job_id, min_sites
+        self.start = self.last_answer = time.monotonic()
+        self.last_seen, self.shown = {}, set()
+        self.server_start = None
+        self.status = None  # once the job has ended
+        self.lost = ""  # what was lost, if the job was aborted for that
+        self.abandoned = False  # was the server started again?
 
-    def look(session, job_id, meta):
-        nonlocal lost
+    def follow(self, session: Session) -> None:
+        _, meta = session.monitor_job_and_return_job_meta(self.job_id, cb=self.look)
+        if meta:
+            self.status = meta["status"]
+
+    def look(self, session: Session, job_id: str, meta: dict) -> bool:
+        """Show what is new; return whether there is anything to wait for."""
         for news in meta.get("schedule_history", []) if meta["status"] == "SUBMITTED" else [meta["status"]]:
-            show_once(news, shown)
-        sites = [client.name for client in session.get_connected_client_list()]
+            self.show_once(news)
+        system = session.get_system_info()
+        self.server_start = self.server_start or system.server_info.start_time
+        if meta["status"] == "RUNNING" and system.server_info.start_time != self.server_start:
+            self.abandoned = True  # NVFlare 2.9.0 doesn't take it up, and calls it RUNNING for ever
+            return False
+        sites = [client.name for client in system.client_info]
         if meta["status"] != "SUBMITTED":
-            show_logs(session, job_id, sites, shown)
+            self.show_logs(session, sites)
         if meta["status"] == "RUNNING":
-            sites = [site for site in sites if at_work(session, job_id, site)]
-        now = time.monotonic()
-        last_seen.update(dict.fromkeys(sites, now))
-        gone = sorted(site for site, when in last_seen.items() if now - when > LOST_AFTER)
-        left = len(last_seen) - len(gone)
-        if left < min_sites and now - start > LOST_AFTER and not lost:
-            lost = f"only {left} of {max(len(last_seen), min_sites)} sites were there in the last {LOST_AFTER} s"
-            lost += f", not {' and '.join(gone)}" if gone else ""
+            sites = [site for site in sites if self.at_work(session, site)]
+        now = self.last_answer = time.monotonic()
+        self.last_seen.update(dict.fromkeys(sites, now))
+        gone = sorted(site for site, when in self.last_seen.items() if now - when > LOST_AFTER)
+        left = len(self.last_seen) - len(gone)
+        if left < self.min_sites and now - self.start > LOST_AFTER and not self.lost:
+            of = max(len(self.last_seen), self.min_sites)
+            self.lost = f"only {left} of {of} sites were there in the last {LOST_AFTER} s"
+            self.lost += f", not {' and '.join(gone)}" if gone else ""
             session.abort_job(job_id)
         return True
 
-    _, meta = session.monitor_job_and_return_job_meta(job_id, cb=look)
-    return meta["status"], lost
+    def show_logs(self, session: Session, sites: list[str]) -> None:
+        """Show what is new of what a job's server says, and its sites print."""
+        logs = {}
+        try:
+            for place in ("server", *sites):  # NVFlare 2.9.0 leaves live logs out if it is asked for all at once
+                logs[place] = session.get_job_logs(self.job_id, place, log_file_name="log.json")["logs"].get(place)
+        except AuthorizationError:  # by NVFlare 2.9.0's default, only a project_admin may
+            self.show_once("you may not read the job's logs, and so what the sites print isn't shown")
+            with contextlib.suppress(JobNotRunning, LookupError):  # at its start and its end
+                for line in session.show_stats(self.job_id, "server")["server"]["rounds"]["said"]:
+                    self.show_once(line)
+            return
+        self.show_records(parse_log("\n".join(filter(None, logs.values()))))
+        for site in sites:
+            if logs[site] is None and f"{site}  round" in (logs["server"] or ""):
+                self.show_once(f"{site} sends no log, which its operator may have forbidden: its prints aren't shown")
 
+    def show_records(self, records: list[dict]) -> None:
+        """Show what is new in logs, in its order in time."""
+        for record in sorted(records, key=lambda record: record["asctime"]):
+            message = to_show(record["name"], record["message"])
+            if message is not None:  # what a script prints may be the same again later
+                self.show_once(message, when=record["asctime"] if record["name"] == TRAINER else "")
 
-def show_logs(session: Session, job_id: str, sites: list[str], shown: set) -> None:
-    """Show what is new in the logs of a job's server and sites, as far as it isn't in `shown`."""
-    logs = {}
-    for place in ("server", *sites):  # NVFlare 2.9.0 leaves live logs out if it is asked for all at once
-        logs[place] = session.get_job_logs(job_id, place, log_file_name="log.json")["logs"].get(place)
-    news = []
-    for record in parse_log("\n".join(filter(None, logs.values()))):
-        message = to_show(record["name"], record["message"])
-        if message is not None and (key := (record["asctime"], message)) not in shown:
-            shown.add(key)
-            news.append(key)
-    for _, message in sorted(news):
-        print(message, flush=True)
-    for site in sites:
-        if logs[site] is None and f"{site}  round" in (logs["server"] or ""):
-            show_once(f"{site} sends no log, which its operator may have forbidden: what it prints isn't shown", shown)
+    def show_once(self, text: str, when: str = "") -> None:
+        if (text, when) not in self.shown:
+            print(text, flush=True)
+            self.shown.add((text, when))
 
-
-def show_once(text: str, shown: set) -> None:
-    if (text,) not in shown:
-        print(text, flush=True)
-        shown.add((text,))
-
-
-def at_work(session: Session, job_id: str, site: str) -> bool:
-    """Ask a site whether it works on a job."""
-    try:
-        return any(job.get("job_id") == job_id for job in session.get_client_job_status([site]) or [])
-    except (NoConnection, InvalidTarget):  # no answer from the site, or it has just left
-        return False
+    def at_work(self, session: Session, site: str) -> bool:
+        """Ask a site whether it works on the job."""
+        try:
+            jobs = session.get_client_job_status([site]) or []
+        except (NoConnection, InvalidTarget):  # no answer from the site, or it has just left
+            return False
+        return any(job.get("job_id") == self.job_id for job in jobs)

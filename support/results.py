@@ -35,10 +35,9 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
     """
     folder = Path(folder)
     files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
-    final = load_model(files[0]) if files[0].exists() else {}
-    rounds = final["meta_props"]["current_round"] + 1 if final else 0
-    if rounds < args.num_rounds:
+    if (rounds := completed_rounds(folder)) < args.num_rounds:
         raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")
+    final = load_model(files[0])
     models, lost = read_evaluation(folder), read_lost_sites(folder)
     if args.evaluates:
         sites = {site for reported in read_rounds(folder) for site in reported} - set(lost)
@@ -65,6 +64,11 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
             "results": str(folder),
         },
     }
+
+
+def completed_rounds(folder: Path) -> int:
+    file = folder / "app_server" / FINAL_MODEL
+    return load_model(file)["meta_props"]["current_round"] + 1 if file.exists() else 0
 
 
 def load_model(file: Path) -> dict:

@@ -22,6 +22,7 @@ from nvflare.app_common.abstract.persistor_filter import PersistorFilter
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.logging.job_log_receiver import JobLogReceiver
+from nvflare.widgets.info_collector import InfoCollector
 
 
 class Rounds(FLComponent):
@@ -35,7 +36,7 @@ class Rounds(FLComponent):
         super().__init__()
         self.num_rounds, self.min_sites, self.seed = num_rounds, min_sites, seed
         self.place = "the start"
-        self.lost = {}
+        self.said, self.lost = [], {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
@@ -45,32 +46,42 @@ class Rounds(FLComponent):
             current_round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
             random.seed(f"{self.seed} {current_round}")  # from which FedAvg draws next
             self.place = f"round {current_round + 1}/{self.num_rounds}"
-            self.logger.info(f"{self.place}  begins")
+            self.say(f"{self.place}  begins")
         elif event_type == AppEventType.AFTER_CONTRIBUTION_ACCEPT:
             self.report(fl_ctx.get_peer_context().get_identity_name(), fl_ctx)
         elif event_type == AppEventType.AFTER_AGGREGATION:
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
-            self.logger.info(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
+            self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type in (EventType.CLIENT_DISCONNECTED, EventType.CLIENT_RECONNECTED):
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME) or fl_ctx.get_prop(
                 FLContextKey.RECONNECTED_CLIENT_NAME
             )
             self.lose(site, fl_ctx, "was lost" if event_type == EventType.CLIENT_DISCONNECTED else "came back")
+        elif event_type == InfoCollector.EVENT_TYPE_GET_STATS:  # asked for by whoever may view the job
+            fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR).add_info("rounds", {"said": self.said[-1000:]})
+
+    def say(self, text: str) -> None:
+        self.logger.info(text)
+        self.said.append(text)
 
     def report(self, site: str, fl_ctx: FLContext) -> None:
         """Say what a site reports of a round."""
         if not fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED):
             self.lose(site, fl_ctx, "was left out")
             return
+        if site in self.lost:
+            self.lose(site, fl_ctx, "came back")
         metrics = from_shareable(fl_ctx.get_prop(AppConstants.TRAINING_RESULT)).meta.get(MetaKey.INITIAL_METRICS) or {}
         texts = (
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
         )
-        self.logger.info(f"{site}  {self.place}  reports {one_line(', '.join(texts)) or 'no metrics'}")
+        self.say(f"{site}  {self.place}  reports {one_line(', '.join(texts)) or 'no metrics'}")
 
     def lose(self, site: str, fl_ctx: FLContext, what: str) -> None:
-        """Say what happened to a site, and keep it for the summary."""
-        self.logger.info(f"{site}  {self.place}  {what}")
+        """Say what happened to a site, unless it is the same as before, and keep it for the summary."""
+        if site in self.lost and self.lost[site][-1].startswith(what):
+            return
+        self.say(f"{site}  {self.place}  {what}")
         self.lost.setdefault(site, []).append(f"{what} in {self.place}")
         run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         Path(run_folder, "lost_sites.json").write_text(json.dumps(self.lost))
@@ -112,9 +123,7 @@ class WholeLocalModels(Filter):
                 raise
             self.logger.warning(f"{site}  refused: {one_line(str(error))}")
             return DXO(DataKind.WEIGHTS, data={}).to_shareable()  # which FedAvg passes over
-        shareable.set_header(
-            MetaKey.SITE_NAME, site
-        )  # else NVFlare 2.9.0 believes the name that a script puts into meta
+        shareable.set_header(MetaKey.SITE_NAME, site)  # NVFlare 2.9.0 believes the name that a script puts into meta
         return shareable
 
 

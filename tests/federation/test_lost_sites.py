@@ -1,13 +1,43 @@
-"""What becomes of a job whose site is cut off from the network, or started again, in the middle of a round."""
+"""What becomes of a job that loses sites, or its server, in the middle of a round."""
 
 import contextlib
+import json
 import re
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from conftest import end_all, finish, running, start_job
+from conftest import Run, end_all, finish, run_job, running, start_job, wait_until
+from documentation import command
 from provisioned import LEAD, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
+
+LET_READ_LOGS = command("docs/real-sites.md", "get_job_log")
+SHORTEN = command("docs/real-sites.md", "heart_beat_timeout")
+
+# Each site sends a model of one value, and reports the value of the one that it received.
+VALUES, STEPS = {"site-1": 1.0, "site-2": 2.0, "site-3": 4.0}, {"site-1": 1, "site-2": 2, "site-3": 3}
+SCRIPT = f"""
+import time
+import nvflare.client as flare
+
+flare.init()
+try:
+    site = flare.get_site_name()
+    while flare.is_running():
+        model = flare.receive()
+        metrics = {{"accuracy": next(iter(model.params.values())).flatten()[0].item()}}
+        if flare.is_evaluate():
+            flare.send(flare.FLModel(metrics=metrics))
+            continue
+        time.sleep(2)
+        params = {{name: value * 0 + {VALUES}[site] for name, value in model.params.items()}}
+        flare.send(flare.FLModel(params=params, metrics=metrics, meta={{"NUM_STEPS_CURRENT_ROUND": {STEPS}[site]}}))
+finally:
+    flare.shutdown()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +49,7 @@ def federation(tmp_path_factory):
             pytest.skip(f"network namespaces need root and Debian's iproute2: {error}")
         federation = Federation(tmp_path_factory.mktemp("federation"), hosts)
         federation.provision(SERVER_ADDRESS)
+        federation.run(LET_READ_LOGS)
         try:
             for participant in PARTICIPANTS:
                 federation.start(participant)
@@ -27,18 +58,166 @@ def federation(tmp_path_factory):
             end_all(federation.folder)
 
 
+@pytest.fixture
+def script(tmp_path) -> str:
+    file = tmp_path / "known_models.py"
+    file.write_text(SCRIPT)
+    return str(file)
+
+
+def prod(federation: Federation) -> list[str]:
+    return ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3"]
+
+
+def wait_for_rounds(federation: Federation, known: set[Path], pattern: str, seconds: float = 120) -> None:
+    """Wait until the log of the latest job's server has a pattern; known are the logs of the jobs before."""
+    end = time.monotonic() + seconds
+    while not any(re.search(pattern, log.read_text(), re.DOTALL) for log in federation.logs("server") - known):
+        assert time.monotonic() < end, pattern
+        time.sleep(0.2)
+
+
+def kill(folder: Path, *words: str) -> None:
+    """Kill the processes in a folder that have these words on their command line; there must be one."""
+    processes = running(folder, *words)
+    assert processes
+    for process in processes:
+        process.kill()
+
+
+def kill_trainer(job: Path) -> None:
+    """Kill a client script, by the folder of its site's job."""
+    (trainer,) = [process for process in running(job, "custom/") if Path(process.cwd()).is_relative_to(job)]
+    trainer.kill()
+
+
+def mean(sites) -> float:
+    return sum(VALUES[site] * STEPS[site] for site in sites) / sum(STEPS[site] for site in sites)
+
+
+def check_means(run: Run, report: dict) -> list[set[str]]:
+    """Check each round's global model, as the sites received it, and the final one; return each round's sites."""
+    rounds = [set(row) for row in report["rounds"]]
+    for sites, row in zip(rounds, report["rounds"][1:], strict=False):
+        for reported in row.values():
+            assert reported["accuracy"] == pytest.approx(mean(sites), abs=1e-6)
+    for weights in run.weights().values():
+        assert torch.allclose(weights, torch.full_like(weights, mean(rounds[-1])), atol=1e-6)
+    return rounds
+
+
+def test_job_goes_on_without_lost_sites_and_with_those_that_come_back(federation, tmp_path, script):
+    known = federation.logs("server")
+    flags = [*prod(federation), "--min_sites", "1", "--train_script", script, "--num_rounds", "12"]
+    process = start_job(tmp_path / "workspace", *flags, "--json", str(tmp_path / "report.json"))
+
+    wait_for_rounds(federation, known, "round 2/12  begins")
+    (job,) = [log.parent.name for log in federation.logs("server") - known]
+    set_cable("site-3", "down")
+    story = "averaged 2 local models"
+    try:
+        wait_for_rounds(federation, known, story, seconds=90)
+    finally:
+        set_cable("site-3", "up")
+    story += ".* came back.* averaged 3 local models"
+    wait_for_rounds(federation, known, story)
+
+    kill_trainer(federation.kit("site-3") / job)
+    story += ".* averaged 2 local models"
+    wait_for_rounds(federation, known, story, seconds=90)
+    kill(federation.folder, "worker_process", "prod_00/site-2")
+    story += ".* averaged 1 local model\n"
+    wait_for_rounds(federation, known, story, seconds=90)
+
+    run = finish(process, tmp_path / "workspace")
+    assert (run.status, run.errors) == (0, "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    sites = check_means(run, report)
+    assert sites[0] == set(VALUES) and sites[1] == {"site-1", "site-2"} and sites[-1] == {"site-1"}
+    assert set(VALUES) in sites[2:]  # since site-3 came back
+    assert {"site-1", "site-2"} in sites[sites.index(set(VALUES), 2) :]  # until its script was killed
+    assert set(report["models"]["FL_global_model.pt"]) == {"site-1"}
+    assert re.search(r"Lost: site-2 was lost in round \d+/12\.\n", run.output)
+    assert re.search(
+        r"Lost: site-3 was lost in round 2/12, came back in .*, was left out in round \d+/12\.\n", run.output
+    )
+    assert "round 2/12  averaged 2 local models\n" in run.output
+
+
+def test_job_whose_site_stays_away_until_its_end_is_complete(federation, tmp_path, script):
+    known = federation.logs("server")
+    flags = [*prod(federation), "--min_sites", "2", "--train_script", script, "--num_rounds", "3"]
+    process = start_job(tmp_path / "workspace", *flags, "--json", str(tmp_path / "report.json"))
+    wait_for_rounds(federation, known, "round 2/3  begins")
+    set_cable("site-1", "down")
+    try:
+        run = finish(process, tmp_path / "workspace")
+    finally:
+        set_cable("site-1", "up")
+    assert (run.status, run.errors) == (0, "")
+    sites = check_means(run, json.loads((tmp_path / "report.json").read_text()))
+    assert sites == [set(VALUES), {"site-2", "site-3"}, {"site-2", "site-3"}]
+    assert "Lost: site-1 was lost in round 2/3.\n" in run.output
+
+
+def test_job_that_loses_more_sites_than_it_may_ends_with_their_names(federation, tmp_path, script):
+    known = federation.logs("server")
+    flags = [*prod(federation), "--min_sites", "2", "--train_script", script, "--num_rounds", "100000"]
+    process = start_job(tmp_path / "workspace", *flags)
+    wait_for_rounds(federation, known, "round 2/100000  begins")
+    kill(federation.folder, "client_train", "prod_00/site-1")  # its start script starts it again
+    wait_for_rounds(federation, known, "averaged 2 local models.* averaged 2 local models", seconds=90)
+    set_cable("site-2", "down")
+    start = time.monotonic()
+    try:
+        run = finish(process, tmp_path / "workspace")
+        assert time.monotonic() - start < 120
+    finally:
+        set_cable("site-2", "up")
+    assert run.status == 1
+    lost = r"site-1 was lost in round 2/100000; site-2 was lost in round \d+/100000"
+    assert re.fullmatch(rf"job\.py: error: {lost} \(the results so far: .*\)\n", run.errors)
+    for weights in run.weights().values():
+        assert torch.allclose(weights, torch.full_like(weights, mean(["site-2", "site-3"])), atol=1e-6)
+
+
+def test_job_whose_server_is_started_again_ends_and_goes_on_from_the_servers_disk(federation, tmp_path, script):
+    known = federation.logs("server")
+    flags = [*prod(federation), "--train_script", script]
+    process = start_job(tmp_path / "workspace", *flags, "--num_rounds", "100000")
+    wait_for_rounds(federation, known, "round 2/100000  begins")
+    federation.run(SHORTEN)
+    kill(federation.folder, "server_train")  # its start script starts it again
+    start = time.monotonic()
+    run = finish(process, tmp_path / "workspace")
+    assert time.monotonic() - start < 120
+    assert run.status == 1
+    said = re.fullmatch(
+        r"job\.py: error: the server was started again, and doesn't go on with the job: the rounds before are in "
+        r"(\S+/app_server) of its folder\n",
+        run.errors,
+    )
+    model = federation.kit("server") / said[1] / "FL_global_model.pt"
+    federation.wait_for("server", "server heartbeat timeout set to 30")
+    for site in VALUES:  # they had to find it again
+        federation.wait_for("server", f"Re-activate the client: {site}")
+    flags += ["--initial_ckpt", str(model), "--num_rounds", "1", "--json", str(tmp_path / "report.json")]
+    run = run_job(tmp_path / "workspace", *flags)
+    assert (run.status, run.errors) == (0, "")
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rounds"]
+    assert [row[site]["accuracy"] for site in VALUES] == pytest.approx([mean(VALUES)] * 3, abs=1e-6)
+
+
 @pytest.mark.parametrize("accident", ["cut off", "started again"])
 def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federation, tmp_path, accident):
     known = federation.logs("server")
-    flags = ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3", "--num_rounds", "100000"]
-    flags += ["--train_size", "200", "--epochs", "20"]  # rounds of a second or two
+    flags = [*prod(federation), "--num_rounds", "100000", "--train_size", "200", "--epochs", "20"]  # of a second or two
     process = start_job(tmp_path / "workspace", *flags)
     federation.wait_for("server", "Round 1 started", known)
     if accident == "cut off":
         set_cable("site-2", "down")
     else:
-        for client in running(federation.folder, "python", "client_train", "prod_00/site-2"):
-            client.kill()  # its start script starts it again
+        kill(federation.folder, "client_train", "prod_00/site-2")  # its start script starts it again
     run = finish(process, tmp_path / "workspace")
     if accident == "cut off":
         set_cable("site-2", "up")
@@ -47,3 +226,22 @@ def test_job_that_loses_a_site_ends_with_its_name_and_the_rounds_before(federati
         r"job\.py: error: only 2 of 3 sites were there in the last 60 s, not site-2 \(.*\)\n", run.errors
     )
     assert run.weights()
+
+
+@pytest.mark.parametrize("accident", ["trainer", "job process"])
+def test_poc_goes_on_without_a_lost_site(tmp_path, script, accident):
+    flags = ["--env", "poc", "--min_sites", "1", "--train_script", script, "--num_rounds", "5"]
+    process = start_job(tmp_path / "workspace", *flags)
+    kit = tmp_path / "workspace" / "hello-pt" / "poc" / "example_project" / "prod_00"
+    logs = lambda: [log for log in (kit / "server").glob("*/log.txt") if "round 2/5  begins" in log.read_text()]  # noqa: E731
+    (log,) = wait_until(logs, process)
+    if accident == "trainer":
+        kill_trainer(kit / "site-2" / log.parent.name)
+    else:
+        kill(kit, "worker_process", "prod_00/site-2")
+    run = finish(process, tmp_path / "workspace")
+    assert (run.status, run.errors) == (0, "")
+    what = "left out" if accident == "trainer" else "lost"
+    assert f"Lost: site-2 was {what} in round 2/5.\n" in run.output
+    for weights in run.weights().values():
+        assert torch.allclose(weights, torch.full_like(weights, VALUES["site-1"]), atol=1e-6)

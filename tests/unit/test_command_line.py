@@ -72,6 +72,8 @@ def files(tmp_path, monkeypatch):
         *(f"--lr {value}" for value in ("0", "-0.1", "nan", "inf", "1e9", "fast", "")),
         "--num_threads 3",
         "--n_clients 4 --num_threads 5",
+        "--env poc --n_clients 4 --min_sites 2 --clients_per_round 2",
+        *(f"--env poc --min_sites {value}" for value in ("3", "0", "-1", "1.5", "two", "")),
         *(f"--train_script {path}" for path in ("missing.py", "broken.py", "script.txt", "folder.py", "")),
         *(
             f"--train_script {path}"
@@ -165,6 +167,15 @@ def test_file_that_is_no_checkpoint_is_told_what_it_is(file, reason, files, caps
         rf"job\.py: error: argument --initial_ckpt: '{file}' {reason}.*\n", errors := capsys.readouterr().err
     )
     assert "weights_only" not in errors and "\x1b" not in errors
+
+
+def test_simulation_may_lose_no_site(files, capsys):
+    with pytest.raises(SystemExit):
+        job.parse_args(["--n_clients", "3", "--min_sites", "2"])
+    assert "simulator waits for a lost site for ever" in capsys.readouterr().err
+    assert job.parse_args(["--n_clients", "3", "--min_sites", "3"]).min_sites == 3
+    assert job.parse_args(["--n_clients", "3", "--min_sites", "2", "--env", "poc"]).min_sites == 2
+    assert job.parse_args(["--n_clients", "3", "--env", "poc"]).min_sites == 3
 
 
 @pytest.mark.parametrize("threads", ["abc", "0", "-1", "", "1.5"])
