@@ -36,6 +36,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FAULT = "            model.load_state_dict(", "            raise ValueError('no such thing')"
 POC = command("docs/real-sites.md", "--env poc")
 PROVISION = command("docs/real-sites.md", "nvflare provision")
+LET_READ_LOGS = command("docs/real-sites.md", "get_job_log")
 START_SERVER = command("docs/real-sites.md", "server/startup/start.sh")
 START_SITES = command("docs/real-sites.md", "site-1/startup/start.sh")
 SUBMIT = command("docs/real-sites.md", "--env prod")
@@ -124,6 +125,7 @@ def federation(tmp_path_factory, online):
     try:
         federation.run(PROVISION)
         federation.use_own_job_store()
+        federation.run(LET_READ_LOGS)
         resources = federation.kit("site-3") / "local" / "resources.json.default"
         allowed = resources.read_text()
         assert '"allow_log_streaming": true' in allowed
