@@ -43,7 +43,8 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
             time.sleep(2)
         finally:
             if session:
-                session.close()
+                with contextlib.suppress(Exception):  # the server may be away
+                    session.close()
     if follower.abandoned:
         rounds = f"the rounds before are in {job_id}/app_server of its folder"
         raise ConnectionError(f"the server was started again, and doesn't go on with the job: {rounds}")
