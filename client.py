@@ -18,7 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_clients", type=int, default=2)  # whom a --split deals the data out to
+    parser.add_argument("--n_clients", type=int, default=2)  # among how many a --split deals the data out
     add_data_flags(parser)
     return parser.parse_args()
 

@@ -123,6 +123,7 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
     for _ in range(1_000):
         fractions = rng.dirichlet(np.full(num_shards, alpha), size=len(classes))
         cuts = [(len(images) * row.cumsum()[:-1]).astype(int) for images, row in zip(classes, fractions)]
+        # Each class is cut into a part for each shard, and a shard is its part of each class.
         shards = [np.concatenate(parts) for parts in zip(*map(np.split, classes, cuts))]
         if min(len(shard) for shard in shards) >= least:
             return shards

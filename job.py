@@ -61,11 +61,11 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         name=args.run_folder.name,
         model={"class_path": "model.create_model", "args": {"seed": args.seed}},  # the server calls it
         initial_ckpt=args.initial_ckpt and os.path.relpath(args.initial_ckpt),  # NVFlare sends a relative path along
-        min_clients=args.clients_per_round,
+        min_clients=args.clients_per_round,  # so many are drawn for a round
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=command_line(args, ["epochs", "batch_size", "lr", "seed", "n_clients"], add_data_flags),
-        # True gives each script a process for itself, and the job ends if that dies. With False the script runs within
+        # True gives each script a process for itself, and the server hears of it if that dies. With False it runs within
         # NVFlare's client process, and NVFlare 2.9.0 waits for ever if that is killed.
         launch_external_process=True,
         command=f"{python_of(args)} -u",

@@ -34,6 +34,6 @@ def create_model(seed: int = 0) -> nn.Module:
 
     A job holds no model, only this function's name: the server calls it for the first global model, with job.py's seed.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
         torch.manual_seed(seed)
         return SimpleNetwork()

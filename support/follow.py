@@ -23,7 +23,7 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
         OSError: the job lost too many sites or its server, or can't be followed; the message is one line.
         JobFailed: the job failed; its results may hold the reason.
     """
-    follower = Follower(job_id, args.min_sites)
+    follower = Follower(job_id, args.n_clients, args.min_sites)
     while True:
         session = None
         try:
@@ -65,8 +65,8 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
 class Follower:
     """Shows how a job gets on; aborts it when it lacks a site that it needs for LOST_AFTER."""
 
-    def __init__(self, job_id: str, min_sites: int):
-        self.job_id, self.min_sites = job_id, min_sites
+    def __init__(self, job_id: str, n_clients: int, min_sites: int):
+        self.job_id, self.n_clients, self.min_sites = job_id, n_clients, min_sites
         self.start = self.last_answer = time.monotonic()
         self.last_seen, self.shown = {}, set()
         self.server_start = None
@@ -96,10 +96,10 @@ class Follower:
         now = self.last_answer = time.monotonic()
         self.last_seen.update(dict.fromkeys(sites, now))
         gone = sorted(site for site, when in self.last_seen.items() if now - when > LOST_AFTER)
-        left = len(self.last_seen) - len(gone)
-        if left < self.min_sites and now - self.start > LOST_AFTER and not self.lost:
-            of = max(len(self.last_seen), self.min_sites)
-            self.lost = f"only {left} of {of} sites were there in the last {LOST_AFTER} s"
+        left, needed = len(self.last_seen) - len(gone), max(len(self.last_seen), self.n_clients)
+        spare = self.n_clients - self.min_sites if meta["status"] == "RUNNING" else 0
+        if left < needed - spare and now - self.start > LOST_AFTER and not self.lost:
+            self.lost = f"only {left} of {needed} sites were there in the last {LOST_AFTER} s"
             self.lost += f", not {' and '.join(gone)}" if gone else ""
             session.abort_job(job_id)
         return True
