@@ -67,7 +67,7 @@ def main():
             global_model = flare.receive()  # (7) what came with it: the global model
             model.load_state_dict(global_model.params)  # (8) start from its weights
 
-            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) it counts from 0
+            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) from 0
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)  # a batch is a step
             place = f"{site_name}  round {current_round + 1}/{num_rounds}"

@@ -104,7 +104,7 @@ def main():
                 flare.send(flare.FLModel(metrics=metrics))  # (16)
                 continue
 
-            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) it counts from 0
+            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) from 0
             for name, value in metrics.items():
                 if value is not None:
                     writer.add_scalar(name, value, global_step=current_round)

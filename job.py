@@ -65,7 +65,7 @@ def make_recipe(args: argparse.Namespace) -> FedAvgRecipe:
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=command_line(args, ["epochs", "batch_size", "lr", "seed", "n_clients"], add_data_flags),
-        # True gives each script a process for itself, and the server hears of it if that dies. With False it runs within
+        # True gives each script a process of its own, and the server hears of it if that dies. With False it runs in
         # NVFlare's client process, and NVFlare 2.9.0 waits for ever if that is killed.
         launch_external_process=True,
         command=f"{python_of(args)} -u",

@@ -173,6 +173,11 @@ def make_loader(dataset, batch_size, shuffle_by=None):
 """
 
 
+NUMBER_OF_ROUND = (
+    "            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) from 0\n"
+)
+
+
 def test_regression_with_a_folder_for_each_site_a_metric_below_zero_and_an_own_flag(tmp_path):
     repo = copy_repo(tmp_path / "repo")
     (repo / "model.py").write_text(OWN_MODEL)
@@ -182,7 +187,7 @@ def test_regression_with_a_folder_for_each_site_a_metric_below_zero_and_an_own_f
     no_number = 'None if site_name == "site-1" else float("nan")'  # of the untrained model
     for line, more in [
         ("            metrics = evaluate(model, test_loader, device)\n", 'metrics["count"] = len(test_set)'),
-        ("            current_round = global_model.current_round  # (9) from 0\n", f'metrics["R2"] = {no_number}'),
+        (NUMBER_OF_ROUND, f'metrics["R2"] = {no_number}'),
     ]:
         assert script.count(line) == 1
         condition = "if current_round == 0: " if "R2" in more else ""

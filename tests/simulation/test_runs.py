@@ -58,7 +58,7 @@ def test_next_runs_keep_results_and_checkpoints_but_nothing_of_a_run_without_any
 
 
 def test_second_run_in_a_workspace_is_refused_and_one_elsewhere_is_not(workspace):
-    first = start_job(workspace, *SMALL, "--num_rounds", "2", "--epochs", "300")
+    first = start_job(workspace, *SMALL, "--num_rounds", "2", "--epochs", "900")
     wait_until(lambda: in_training(workspace), first)
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", "import job"], cwd=REPO, check=True)
