@@ -96,10 +96,10 @@ class Follower:
         now = self.last_answer = time.monotonic()
         self.last_seen.update(dict.fromkeys(sites, now))
         gone = sorted(site for site, when in self.last_seen.items() if now - when > LOST_AFTER)
-        left, needed = len(self.last_seen) - len(gone), max(len(self.last_seen), self.n_clients)
-        spare = self.n_clients - self.min_sites if meta["status"] == "RUNNING" else 0
-        if left < needed - spare and now - self.start > LOST_AFTER and not self.lost:
-            self.lost = f"only {left} of {needed} sites were there in the last {LOST_AFTER} s"
+        left, all_sites = len(self.last_seen) - len(gone), max(len(self.last_seen), self.n_clients)
+        may_lose = meta["status"] == "RUNNING" and self.min_sites < self.n_clients
+        if left < (self.min_sites if may_lose else all_sites) and now - self.start > LOST_AFTER and not self.lost:
+            self.lost = f"only {left} of {all_sites} sites were there in the last {LOST_AFTER} s"
             self.lost += f", not {' and '.join(gone)}" if gone else ""
             session.abort_job(job_id)
         return True
