@@ -50,16 +50,16 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
         raise ConnectionError(f"the server was started again, and doesn't go on with the job: {rounds}")
     follower.show_records(read_log(results / "log.json"))  # what came since it was last asked
     status, lost, events = follower.status, follower.lost, read_lost_sites(results)
-    if status != "FINISHED:COMPLETED" and events and args.min_sites < args.n_clients:
+    if status == "FINISHED:COMPLETED":  # also if it was to be aborted, too late
+        return str(results)
+    if events and args.min_sites < args.n_clients:
         if completed_rounds(results) == args.num_rounds:
             # NVFlare 2.9.0 waits 900 s for a lost site to say how the job ended there, or calls the job abnormal.
             return str(results)
         lost = lost or "; ".join(f"{site} {', '.join(what)}" for site, what in sorted(events.items()))
     if lost:
         raise ConnectionError(f"{lost} (the results so far: {results})")
-    if status != "FINISHED:COMPLETED":
-        raise JobFailed(f"the job ended as {status}")
-    return str(results)
+    raise JobFailed(f"the job ended as {status}")
 
 
 class Follower:
