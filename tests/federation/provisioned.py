@@ -86,6 +86,11 @@ class Federation:
             time.sleep(0.2)
 
 
+def prod(federation: Federation) -> list[str]:
+    """Return the flags of job.py for a job of LEAD's on all sites."""
+    return ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3"]
+
+
 @contextlib.contextmanager
 def separate_hosts() -> Iterator[dict[str, list[str]]]:
     """Give the server, at SERVER_ADDRESS, and each site a network namespace; return them as Federation.hosts.

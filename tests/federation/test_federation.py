@@ -26,7 +26,7 @@ from conftest import (
     wait_until,
 )
 from documentation import command
-from provisioned import BIN, LEAD, PARTICIPANTS, SITES, Federation
+from provisioned import BIN, LEAD, PARTICIPANTS, SITES, Federation, prod
 from reference import distance
 from wine import EVALUATE, OWN_FLAG, copy_with_wine, expected_wine
 
@@ -149,10 +149,6 @@ def wait_for_end(federation: Federation, *words: str) -> None:
     while left := running(federation.folder, *words):
         assert time.monotonic() < end, f"there still is {left}"
         time.sleep(0.5)
-
-
-def prod(federation: Federation) -> list[str]:
-    return ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3"]
 
 
 def nvflare_job(federation: Federation, *arguments: str | Path, person: str = LEAD) -> dict:

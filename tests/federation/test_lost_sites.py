@@ -12,7 +12,7 @@ import torch
 
 from conftest import Run, end_all, finish, run_job, running, start_job, wait_until
 from documentation import command
-from provisioned import LEAD, PARTICIPANTS, SERVER_ADDRESS, Federation, separate_hosts, set_cable
+from provisioned import PARTICIPANTS, SERVER_ADDRESS, Federation, prod, separate_hosts, set_cable
 
 SHORTEN = command("docs/real-sites.md", "heart_beat_timeout")
 
@@ -61,10 +61,6 @@ def script(tmp_path) -> str:
     file = tmp_path / "known_models.py"
     file.write_text(SCRIPT)
     return str(file)
-
-
-def prod(federation: Federation) -> list[str]:
-    return ["--env", "prod", "--startup_kit", str(federation.kit(LEAD)), "--n_clients", "3"]
 
 
 def wait_for_rounds(federation: Federation, known: set[Path], pattern: str, seconds: float = 120) -> None:
