@@ -58,6 +58,8 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
             if (value := vars(args)[name]) is not None and not low <= value <= high:  # so that nan fails, too
                 raise ValueError(f"argument --{name}: {value} is not from {low} to {high}")
         args.sites = [f"site-{i + 1}" for i in range(args.n_clients)]
+        args.clients_per_round = args.clients_per_round or args.n_clients
+        args.min_sites = args.min_sites or args.n_clients
         find_places(args, create_model)
         for mistaken, message in mistakes(args):
             if mistaken:
@@ -67,8 +69,7 @@ def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Cal
         parser.error(str(error))
     except Exception as error:  # of a mistake in a model.py or data.py
         parser.error(describe(error))
-    for name in ("num_threads", "clients_per_round", "min_sites"):
-        setattr(args, name, getattr(args, name) or args.n_clients)
+    args.num_threads = args.num_threads or args.n_clients
 
 
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
@@ -99,11 +100,11 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
             for name in ("num_threads", "clients_per_round", "min_sites")
         ),
         (
-            args.env == "sim" and not args.export and (args.min_sites or n_clients) < n_clients,
+            args.env == "sim" and not args.export and args.min_sites < n_clients,
             "--min_sites is for --env poc or prod: NVFlare's simulator waits for a lost site for ever",
         ),
         (
-            (args.clients_per_round or n_clients) <= n_clients - (args.min_sites or n_clients),
+            args.clients_per_round <= n_clients - args.min_sites,
             "a round could draw only sites that are lost: raise --clients_per_round or --min_sites",
         ),
         (

@@ -45,7 +45,7 @@ def guard_rounds(recipe: Recipe, args: argparse.Namespace) -> None:
     job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
     job.job.min_clients = args.n_clients  # to begin; the recipe's min_clients is also how many a round draws
     job.to_server(Rounds(args.num_rounds, args.min_sites, args.seed))
-    job.to_server(WholeGlobalModels(max(1, args.clients_per_round - spare)), id="whole_global_models")
+    job.to_server(WholeGlobalModels(args.clients_per_round - spare), id="whole_global_models")
     recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
     recipe.add_server_input_filter(WholeBestModels(), tasks=["submit_model"])
     if spare:
@@ -112,7 +112,7 @@ class PocEnv(nvflare.recipe.PocEnv):
     def __init__(self, args: argparse.Namespace):
         os.environ["NVFLARE_POC_WORKSPACE"] = str(args.run_folder / "poc")
         super().__init__(num_clients=args.n_clients, extra={"login_timeout": LOST_AFTER})
-        self.args, self.run_folder = args, args.run_folder
+        self.args = args
 
     def deploy(self, job: FedJob) -> str:
         with socket.socket() as probe:
@@ -120,8 +120,8 @@ class PocEnv(nvflare.recipe.PocEnv):
                 raise OSError(f"port {POC_PORT} of this machine is taken by another server: try `nvflare poc stop`")
         share_cores(self.num_clients)
         os.umask(0o077)  # the proof of concept has private keys in it
-        print(f"NVFlare's logs: {self.run_folder}/poc/*/prod_00/*/log.txt", flush=True)
-        return submit(super().deploy, job, self.run_folder)
+        print(f"NVFlare's logs: {self.args.run_folder}/poc/*/prod_00/*/log.txt", flush=True)
+        return submit(super().deploy, job, self.args.run_folder)
 
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
         kit = self._get_admin_startup_kit_path()

@@ -10,7 +10,7 @@ from nvflare.fuel.flare_api.flare_api import NoConnection, Session, new_secure_s
 
 from support.failure import JobFailed, parse_log, read_log
 from support.progress import TRAINER, to_show
-from support.results import completed_rounds, read_lost_sites
+from support.results import completed_rounds, load_final_model, read_lost_sites
 
 LOGIN_TIMEOUT = 20  # seconds
 LOST_AFTER = 60  # seconds: NVFlare 2.9.0 waits 11 minutes for a killed site, and longer for one that is back
@@ -53,7 +53,7 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
     if status == "FINISHED:COMPLETED":  # also if it was to be aborted, too late
         return str(results)
     if events and args.min_sites < args.n_clients:
-        if completed_rounds(results) == args.num_rounds:
+        if completed_rounds(load_final_model(results)) == args.num_rounds:
             # NVFlare 2.9.0 waits 900 s for a lost site to say how the job ended there, or calls the job abnormal.
             return str(results)
         lost = lost or "; ".join(f"{site} {', '.join(what)}" for site, what in sorted(events.items()))

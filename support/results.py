@@ -35,12 +35,12 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
     """
     folder = Path(folder)
     files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
-    if (rounds := completed_rounds(folder)) < args.num_rounds:
+    final = load_final_model(folder)
+    if (rounds := completed_rounds(final)) < args.num_rounds:
         raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")
-    final = load_model(files[0])
-    models, lost = read_evaluation(folder), read_lost_sites(folder)
+    reports, models, lost = read_rounds(folder), read_evaluation(folder), read_lost_sites(folder)
     if args.evaluates:
-        sites = {site for reported in read_rounds(folder) for site in reported} - set(lost)
+        sites = {site for reported in reports for site in reported} - set(lost)
         for model in [FINAL_MODEL, *(sites if args.cross_site_eval else [])]:
             if (count := len(models.get(model, {}))) < args.min_sites:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
@@ -52,7 +52,7 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
             scores[model] = statistics.mean(values)
     best = BETTER[mode](scores, key=scores.get, default=None)
     return {
-        "rounds": read_rounds(folder),
+        "rounds": reports,
         "models": models,
         "key_metric": {"name": name, "mode": mode},
         "best_model": best and {"name": best, name: scores[best]},
@@ -66,13 +66,16 @@ def read_results(args: argparse.Namespace, folder: str, key_metric: tuple[str, s
     }
 
 
-def completed_rounds(folder: Path) -> int:
+def completed_rounds(final: dict) -> int:
+    """Return how many rounds made the final global model, as load_final_model returns it."""
+    return final["meta_props"]["current_round"] + 1 if final else 0
+
+
+def load_final_model(folder: Path) -> dict:
+    """Load what NVFlare saved of the final global model, or {} if there is none; no code in it is run."""
     file = folder / "app_server" / FINAL_MODEL
-    return load_model(file)["meta_props"]["current_round"] + 1 if file.exists() else 0
-
-
-def load_model(file: Path) -> dict:
-    """Load what NVFlare saved of a global model; no code in it is run."""
+    if not file.exists():
+        return {}
     try:
         return torch.load(file, weights_only=True)
     except pickle.UnpicklingError:
