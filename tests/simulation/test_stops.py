@@ -29,7 +29,9 @@ def test_stopped_before_the_run_begins(workspace, number):
     time.sleep(0.8)  # it imports PyTorch, and the signal does what it does to every Python program
     job.send_signal(number)
     run = finish(job, workspace)
-    assert run.status == -number and run.output == ""
+    # Python 3.11 makes a RuntimeError of a KeyboardInterrupt that comes while a module defines an Enum.
+    wrapped = number == signal.SIGINT and "KeyboardInterrupt\n" in run.errors and "__set_name__" in run.errors
+    assert run.status == (1 if wrapped else -number) and run.output == ""
     assert running(workspace.parent) == [] and not workspace.exists()
 
 
