@@ -69,22 +69,36 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
         of_server += f" (see {server_log.with_suffix('.txt')})"
     logs = {log: read_log(log) for log in logs_of(run_folder, LOGS)}
     first_errors = {log: found[0]["asctime"] for log, records in logs.items() if (found := errors(records))}
-    if not first_errors or "return code -" in str(error):  # the server's process died
+    killed = re.search(r"return code (-|2[2-5]\d)", str(error))  # the simulator's, or its server's: -9, or 256 - 9
+    if not first_errors or killed:
         return of_server
     log = min(first_errors, key=first_errors.get)
     site = next(part for part in log.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
-    printed = [record["message"] for record in logs[log] if is_printed(record["name"], record["message"])]
-    logged = [record["message"] for record in errors(logs[log])]
+    reason = reason_in(logs[log])
+    logged = "\n".join(record["message"] for record in errors(logs[log]))
+    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", logged):  # in a server's log
+        site = found[1]
+        streamed = next(run_folder.glob(f"server/*/workspace/{site}/log.json"), None)
+        if found[2] == "TASK_RESULT_FILTER_ERROR":  # by server.py
+            reason = reason.removeprefix("ValueError: ")
+        elif streamed and errors(records := read_log(streamed)):
+            return f"{site} failed: {reason_in(records)} (see {streamed})"
+        else:
+            reason = f"{found[2]}, of which its own log says more"
+    return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
+
+
+def reason_in(records: list[dict]) -> str:
+    """Return what went wrong first by a log that has errors."""
+    printed = [record["message"] for record in records if is_printed(record["name"], record["message"])]
+    logged = [record["message"] for record in errors(records)]
     raised = (last_exception(message.splitlines()) for message in logged)
     reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
     # "... exited (rc=2) before completing the HELLO handshake"
     if found := re.search(r"trainer process.* exited \(rc=(-?\d+)\)", reason):
         said = [line for line in printed if line.strip()]
         reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
-    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):
-        site, refused = found[1], found[2] == "TASK_RESULT_FILTER_ERROR"  # by server.py
-        reason = reason.removeprefix("ValueError: ") if refused else f"{found[2]}, of which its own log says more"
-    return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
+    return reason
 
 
 def describe(error: Exception) -> str:

@@ -45,6 +45,8 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
             if session:
                 with contextlib.suppress(Exception):  # the server may be away
                     session.close()
+    if follower.refused:
+        raise ConnectionError(f"job {job_id} ended as {follower.status}: {'; '.join(follower.refused)}")
     if follower.abandoned:
         rounds = f"the rounds before are in {job_id}/app_server of its folder"
         raise ConnectionError(f"the server was started again, and doesn't go on with the job: {rounds}")
@@ -73,11 +75,15 @@ class Follower:
         self.status = None  # once the job has ended
         self.lost = ""  # what was lost, if the job was aborted for that
         self.abandoned = False  # was the server started again?
+        self.refused = []  # what participants said that could not take the job
 
     def follow(self, session: Session) -> None:
         _, meta = session.monitor_job_and_return_job_meta(self.job_id, cb=self.look)
         if meta:
             self.status = meta["status"]
+        if self.status == "FINISHED:FAILED_TO_RUN":
+            answers = session.get_job_meta(self.job_id).get("job_deploy_detail", [])
+            self.refused = [answer for answer in answers if not answer.endswith(": OK")]
 
     def look(self, session: Session, job_id: str, meta: dict) -> bool:
         """Show what is new; return whether there is anything to wait for."""

@@ -206,11 +206,22 @@ def test_results_are_writable_by_their_owner_alone_and_hold_no_key(run):
         assert not path.is_file() or b"PRIVATE KEY" not in path.read_bytes(), path
 
 
-def test_client_that_raises_ends_the_job_with_its_site(federation, tmp_path):
-    script = changed_client(tmp_path, "client.py", *FAULT)
+@pytest.mark.parametrize(
+    "site, reason",
+    [
+        ("site-1", r"ValueError: no such thing \(changed_client.py:\d+\) \(see .*/site-1/log.json\)"),
+        ("site-3", r"EXECUTION_EXCEPTION, of which its own log says more \(see .*/log.txt\)"),  # streams none
+    ],
+)
+def test_client_that_raises_ends_the_job_with_its_site_and_the_reason_if_that_is_known(
+    federation, tmp_path, site, reason
+):
+    fault = f"{' ' * 12}if site_name == '{site}':\n{' ' * 16}raise ValueError('no such thing')"
+    script = changed_client(tmp_path, "client.py", FAULT[0], fault)
     run = run_job(tmp_path / "workspace", *prod(federation), *SMALL, "--train_script", str(script))
     assert run.status == 1
-    assert re.fullmatch(r"job\.py: error: site-[123] failed: EXECUTION_EXCEPTION, .* \(see .*log.txt\)\n", run.errors)
+    assert re.fullmatch(rf"job\.py: error: {site} failed: {reason}\n", run.errors)
+    assert Path(run.errors.rpartition("(see ")[2].removesuffix(")\n")).is_file()
 
 
 def test_operator_finds_the_jobs_code_command_submitter_and_log_at_the_site_after_its_end(run, federation):
@@ -278,8 +289,11 @@ def test_site_runs_no_code_that_its_operator_forbids(federation, tmp_path, onlin
     wait_for_end(federation, "prod_00/site-1")
     federation.start("site-1")
     run = run_job(tmp_path / "workspace", *prod(federation), *SMALL)
-    assert run.status == 1 and "FINISHED:FAILED_TO_RUN" in run.errors
-    federation.wait_for("server", "site-1: NVFLARE_ERROR: BYOC not permitted")
+    assert run.status == 1
+    assert re.fullmatch(
+        r"job\.py: error: job \S+ ended as FINISHED:FAILED_TO_RUN: site-1: NVFLARE_ERROR: BYOC not permitted.*\n",
+        run.errors,
+    )
 
 
 def test_wrong_kits_people_without_the_right_too_few_sites_and_a_server_that_does_not_answer_end_in_one_line(
