@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from support.progress import is_printed
+from support.progress import CONTROLS, is_printed
 
 JOB_LOGS = ["server/log.json", "poc/*/*/server/*/log.json"]  # of a server that is at work on this machine
 SERVER_LOGS = [*JOB_LOGS, "server/*/workspace/log.json", "poc/*/*/server/log.json"]
@@ -74,31 +74,23 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
         return of_server
     log = min(first_errors, key=first_errors.get)
     site = next(part for part in log.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
-    reason = reason_in(logs[log])
-    logged = "\n".join(record["message"] for record in errors(logs[log]))
-    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", logged):  # in a server's log
-        site = found[1]
-        streamed = next(run_folder.glob(f"server/*/workspace/{site}/log.json"), None)
-        if found[2] == "TASK_RESULT_FILTER_ERROR":  # by server.py
-            reason = reason.removeprefix("ValueError: ")
-        elif streamed and errors(records := read_log(streamed)):
-            return f"{site} failed: {reason_in(records)} (see {streamed})"
-        else:
-            reason = f"{found[2]}, of which its own log says more"
-    return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
-
-
-def reason_in(records: list[dict]) -> str:
-    """Return what went wrong first by a log that has errors."""
-    printed = [record["message"] for record in records if is_printed(record["name"], record["message"])]
-    logged = [record["message"] for record in errors(records)]
+    printed, logged = printed_in(logs[log]), [record["message"] for record in errors(logs[log])]
     raised = (last_exception(message.splitlines()) for message in logged)
     reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
     # "... exited (rc=2) before completing the HELLO handshake"
     if found := re.search(r"trainer process.* exited \(rc=(-?\d+)\)", reason):
         said = [line for line in printed if line.strip()]
         reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
-    return reason
+    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):  # in a server's log
+        site, code = found[1], found[2]
+        if code == "TASK_RESULT_FILTER_ERROR":  # by server.py
+            reason = reason.removeprefix("ValueError: ")
+        else:
+            reason = f"{code}, of which its own log says more"
+            for streamed in run_folder.glob(f"server/*/workspace/{site}/log.json"):  # its part until the job ended
+                if raised := last_exception(printed_in(read_log(streamed))):
+                    return f"{site} failed: {raised} (see {streamed})"
+    return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
 
 
 def describe(error: Exception) -> str:
@@ -129,6 +121,10 @@ def parse_log(text: str) -> list[dict]:
     return records
 
 
+def printed_in(records: list[dict]) -> list[str]:
+    return [record["message"] for record in records if is_printed(record["name"], record["message"])]
+
+
 def errors(records: list[dict]) -> list[dict]:
     return [record for record in records if record["levelname"] in ("ERROR", "CRITICAL")]
 
@@ -152,5 +148,5 @@ def last_exception(lines: list[str], otherwise: str = "") -> str | None:
 
 def one_line(text: str, most: int = 300) -> str:
     """Return a text without line ends and terminal codes, cut to a length."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    text = " ".join(CONTROLS.sub(" ", re.sub(r"\x1b\[[0-9;]*m", "", text)).split())
     return text if len(text) <= most else text[:most] + " ..."

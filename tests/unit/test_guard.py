@@ -19,7 +19,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
-from support.failure import JobFailed
+from support.failure import JobFailed, one_line
 from support.folder import MARK, MODEL, is_free, keep_earlier_results, lock_file
 from support.places import workspace_folder
 from support.progress import TRAINER, to_show
@@ -240,3 +240,4 @@ def test_bad_model_of_a_site_that_is_needed_ends_the_job():
 def test_site_can_colour_what_it_prints_and_do_nothing_else_to_a_terminal():
     printed = "\x1b[32mgreen\x1b[0m\tGröße\x1b[2J\x1b]0;title\x07\x9b2J\r\x08\nline"
     assert to_show(TRAINER, printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
+    assert one_line(printed) == "green Größe [2J ]0;title 2J line"  # in the last line, not even that
