@@ -87,17 +87,22 @@ def reason_of_failure(run_folder: Path, error: Exception) -> str:
             reason = reason.removeprefix("ValueError: ")
         else:
             reason = f"{code}, of which its own log says more"
-            for streamed in run_folder.glob(f"server/*/workspace/{site}/log.json"):  # its part until the job ended
-                if raised := last_exception(printed_in(read_log(streamed))):
-                    return f"{site} failed: {raised} (see {streamed})"
+            for results in run_folder.glob("server/*/workspace"):
+                if raised := exception_of(site, results):
+                    return f"{site} failed: {raised} (see {results / site / 'log.json'})"
     return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
+
+
+def exception_of(site: str, results: Path) -> str | None:
+    """Return what a script in a federation raised, by what its site streamed of its log until the job ended."""
+    return last_exception(printed_in(read_log(results / site / "log.json")))
 
 
 def describe(error: Exception) -> str:
     """Say in one line what an exception in this process means, and which line of a user's own code it comes from."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, OSError) and error.errno is None and "/lib/python3" not in place.filename:
-        return one_line(str(error))  # written for people
+        return one_line(str(error), most=1_000)  # written for people
     lines = "".join(traceback.format_exception(error)).splitlines()
     return last_exception(lines, f" ({Path(place.filename).name}:{place.lineno})")
 

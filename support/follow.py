@@ -8,7 +8,7 @@ from pathlib import Path
 from nvflare.fuel.flare_api.api_spec import AuthorizationError, InvalidTarget, JobNotRunning
 from nvflare.fuel.flare_api.flare_api import NoConnection, Session, new_secure_session
 
-from support.failure import JobFailed, parse_log, read_log
+from support.failure import JobFailed, exception_of, parse_log, read_log
 from support.progress import TRAINER, to_show
 from support.results import completed_rounds, load_final_model, read_lost_sites
 
@@ -58,10 +58,16 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
         if completed_rounds(load_final_model(results)) == args.num_rounds:
             # NVFlare 2.9.0 waits 900 s for a lost site to say how the job ended there, or calls the job abnormal.
             return str(results)
-        lost = lost or "; ".join(f"{site} {', '.join(what)}" for site, what in sorted(events.items()))
+        lost = lost or "; ".join(story(site, what, results) for site, what in sorted(events.items()))
     if lost:
         raise ConnectionError(f"{lost} (the results so far: {results})")
     raise JobFailed(f"the job ended as {status}")
+
+
+def story(site: str, events: list[str], results: Path) -> str:
+    """Say what happened to a site, and why, if its script failed."""
+    raised = exception_of(site, results) if events[-1].startswith("was left out") else None
+    return f"{site} {', '.join(events)}" + (f" ({raised})" if raised else "")
 
 
 class Follower:

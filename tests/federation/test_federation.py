@@ -93,14 +93,22 @@ def test_own_model_and_data_run_in_poc_too(tmp_path):
     assert "loss" in run.output.partition("The best is ")[2]
 
 
-def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path):
+FAILED = r"ValueError: no such thing \(changed_client.py:\d+\)"
+LEFT_OUT = rf"was left out in round 1/2 \({FAILED}\)"
+
+
+@pytest.mark.parametrize(
+    "flags, last_line",
+    [
+        ([], rf"site-[12] failed: {FAILED} \(see .*log.txt\)"),
+        (["--min_sites", "1"], rf"site-1 {LEFT_OUT}; site-2 {LEFT_OUT} \(the results so far: .*\)"),
+    ],
+)
+def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path, flags, last_line):
     script = changed_client(tmp_path, "client.py", *FAULT)
-    run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--train_script", str(script))
+    run = run_job(tmp_path / "workspace", *SMALL, "--env", "poc", *flags, "--train_script", str(script))
     assert run.status == 1
-    assert re.fullmatch(
-        r"job\.py: error: site-[12] failed: ValueError: no such thing \(changed_client.py:\d+\) \(see .*log.txt\)\n",
-        run.errors,
-    )
+    assert re.fullmatch(rf"job\.py: error: {last_line}\n", run.errors)
     assert not running(run.folder.parent)
 
 
