@@ -77,12 +77,12 @@ def print_summary(summary: dict) -> None:
     evaluated = " (they evaluate the global model before they train it)" if settings["evaluates"] else ""
     print(f"\nWhat the sites reported in each round{evaluated}:")
     for metric in dict.fromkeys(name for row in rows.values() for metrics in row.values() for name in metrics):
-        print_table(metric, table(rows, sites, metric))
+        print_table(metric, table(rows, sites, metric), order=sites)
     name, mode = summary["key_metric"]["name"], summary["key_metric"]["mode"]
     if settings["cross_site_eval"]:
         print("\nEach model (row) on each site's test data (column), * the best of the column:")
         rows = {model: models[model] for model in (FINAL_MODEL, BEST_MODEL, *sites) if model in models}
-        print_table(name, mark_best(table(rows, sites, name), BETTER[mode]))
+        print_table(name, mark_best(table(rows, sites, name), BETTER[mode]), order=sites)
 
     print("\nGlobal models:")
     for file in summary["paths"]["models"]:
@@ -139,10 +139,15 @@ def show(cell: float | str) -> str:
     return f"{cell:#.4g}" if isinstance(cell, float) else str(cell)
 
 
-def print_table(title: str, rows: dict[str, dict]) -> None:
-    """Print numbers or texts in rows and columns, twelve columns side by side."""
+def print_table(title: str, rows: dict[str, dict], order: list[str] = ()) -> None:
+    """Print numbers or texts in rows and columns, twelve columns side by side.
+
+    Args:
+        order: of the columns; if it says nothing of them, that of the rows.
+    """
     texts = {name: {column: show(cell) for column, cell in row.items()} for name, row in rows.items()}
     columns = list(dict.fromkeys(column for row in texts.values() for column in row))
+    columns.sort(key=[*order, *columns].index)
     widths = {name: max([len(name), *(len(row.get(name, "-")) for row in texts.values())]) + 2 for name in columns}
     indent = max([14, *(len(name) + 2 for name in (title, *texts))])
     for first in range(0, len(columns), COLUMNS):

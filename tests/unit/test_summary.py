@@ -96,5 +96,13 @@ def test_a_hundred_sites_fit_into_the_width_of_a_screen(capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 140
 
 
+def test_sites_keep_their_order_if_the_first_round_drew_some_of_them(capsys):
+    rows = {"round 1": {"site-1": 1.5, "site-3": 1.5}, "final": {"site-1": 1.5, "site-2": 1.5, "site-3": 1.5}}
+    print_table("loss", rows, order=["site-1", "site-2", "site-3", "site-4"])
+    head, first, _ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["loss", "site-1", "site-2", "site-3"]
+    assert first.split() == ["round", "1", "1.500", "-", "1.500"]
+
+
 def test_evaluation_without_results_is_empty(tmp_path):
     assert read_evaluation(tmp_path) == {}
