@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-MODEL = "server/**/app_server/FL_global_model.pt"  # there once a round is complete
+MODEL = "**/app_server/FL_global_model.pt"  # there once a round is complete: of a simulation, of poc, fetched
 MARK = "local/made-by-job.py"  # in a run's folder, where NVFlare 2.9.0's simulator deletes all but local and startup
 FREE_SPACE = 10_000_000  # bytes: a short run leaves some 2 MB
 

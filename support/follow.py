@@ -48,7 +48,7 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
     if follower.refused:
         raise ConnectionError(f"job {job_id} ended as {follower.status}: {'; '.join(follower.refused)}")
     if follower.abandoned:
-        rounds = f"the rounds before are in {job_id}/app_server of its folder"
+        rounds = f"the rounds before are in {job_id}/app_server of the server's folder"
         raise ConnectionError(f"the server was started again, and doesn't go on with the job: {rounds}")
     follower.show_records(read_log(results / "log.json"))  # what came since it was last asked
     status, lost, events = follower.status, follower.lost, read_lost_sites(results)
@@ -137,8 +137,9 @@ class Follower:
         """Show what is new in logs, in its order in time."""
         for record in sorted(records, key=lambda record: record["asctime"]):
             message = to_show(record["name"], record["message"])
-            if message is not None:  # what a script prints may be the same again later
-                self.show_once(message, when=record["asctime"] if record["name"] == TRAINER else "")
+            if message is not None:  # what a script prints, or is refused for, may be the same again later
+                again = record["name"] in (TRAINER, "WholeLocalModels")
+                self.show_once(message, when=record["asctime"] if again else "")
 
     def show_once(self, text: str, when: str = "") -> None:
         if (text, when) not in self.shown:

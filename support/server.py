@@ -82,7 +82,8 @@ class Rounds(FLComponent):
         if site in self.lost and self.lost[site][-1].startswith(what):
             return
         self.say(f"{site}  {self.place}  {what}")
-        self.lost.setdefault(site, []).append(f"{what} in {self.place}")
+        since = f"from {self.place} on" if what == "was left out" else f"in {self.place}"
+        self.lost.setdefault(site, []).append(f"{what} {since}")
         run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         Path(run_folder, "lost_sites.json").write_text(json.dumps(self.lost))
 

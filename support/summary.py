@@ -66,7 +66,8 @@ def print_summary(summary: dict) -> None:
         rows["final"] = models[FINAL_MODEL]
     sites = {site for row in (*rows.values(), *models.values()) for site in row} or settings["sites"]
     sites = sorted(sites, key=lambda site: (len(site), site))
-    print(f"\nDone: {count(settings['num_rounds'], 'round')} on {count(len(sites), 'site')}.")
+    all_sites = max(len(sites), settings["n_clients"])  # some may never have been drawn, or were lost at once
+    print(f"\nDone: {count(settings['num_rounds'], 'round')} on {count(all_sites, 'site')}.")
     print(f"Data: {describe(summary['data'])}.")
     if summary["data"]["warning"]:
         print(f"      WARNING: {summary['data']['warning'].partition('. ')[0]}; the reason stands above.")

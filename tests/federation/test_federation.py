@@ -23,7 +23,6 @@ from conftest import (
     run_job,
     running,
     start_job,
-    wait_until,
 )
 from documentation import command
 from provisioned import BIN, LEAD, PARTICIPANTS, SITES, Federation, prod
@@ -94,7 +93,7 @@ def test_own_model_and_data_run_in_poc_too(tmp_path):
 
 
 FAILED = r"ValueError: no such thing \(changed_client.py:\d+\)"
-LEFT_OUT = rf"was left out in round 1/2 \({FAILED}\)"
+LEFT_OUT = rf"was left out from round 1/2 on \({FAILED}\)"
 
 
 @pytest.mark.parametrize(
@@ -112,14 +111,21 @@ def test_poc_that_fails_names_site_and_reason_and_stops_its_services(tmp_path, f
     assert not running(run.folder.parent)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_stops_the_services_of_poc(tmp_path, number):
+@pytest.mark.parametrize(
+    "number, line, left",
+    [
+        (signal.SIGINT, "Submitted job", "no round was complete"),
+        (signal.SIGTERM, "round 2/100000  begins", "the rounds before are in {folder}"),
+    ],
+)
+def test_signal_stops_the_services_of_poc(tmp_path, number, line, left):
     process = start_job(tmp_path / "workspace", *SMALL, "--env", "poc", "--num_rounds", "100000")
-    log = tmp_path / "workspace" / "hello-pt" / "poc" / "example_project" / "prod_00" / "site-2" / "log.txt"
-    wait_until(lambda: log.exists() and "Successfully registered client" in log.read_text(), process)
+    assert any(line in printed for printed in process.stdout)
     process.send_signal(number)
     run = finish(process, tmp_path / "workspace")
     assert run.status == 128 + number
+    assert run.errors.splitlines()[-1] == f"job.py: stopped; {left.format(folder=run.folder)}"
+    assert any(run.folder.glob("poc/**/FL_global_model.pt")) == (number == signal.SIGTERM)
     assert not running(run.folder.parent)
 
 

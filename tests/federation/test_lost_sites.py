@@ -133,7 +133,7 @@ def test_job_goes_on_without_lost_sites_and_with_those_that_come_back(federation
     assert set(report["models"]["FL_global_model.pt"]) == {"site-1"}
     assert re.search(r"Lost: site-2 was lost in round \d+/12\.\n", run.output)
     assert re.search(
-        r"Lost: site-3 was lost in round 2/12, came back in .*, was left out in round \d+/12\.\n", run.output
+        r"Lost: site-3 was lost in round 2/12, came back in .*, was left out from round \d+/12 on\.\n", run.output
     )
     assert "round 2/12  averaged 2 local models\n" in run.output
     assert run.output.count("you may not read the job's logs, and so what the sites print isn't shown\n") == 1
@@ -173,7 +173,7 @@ def test_job_whose_server_is_started_again_ends_and_goes_on_from_the_servers_dis
     assert run.status == 1
     said = re.fullmatch(
         r"job\.py: error: the server was started again, and doesn't go on with the job: the rounds before are in "
-        r"(\S+/app_server) of its folder\n",
+        r"(\S+/app_server) of the server's folder\n",
         run.errors,
     )
     model = federation.kit("server") / said[1] / "FL_global_model.pt"
@@ -236,7 +236,7 @@ def test_poc_goes_on_without_lost_sites(tmp_path, script):
     kill(kit, "worker_process", "prod_00/site-3")
     run = finish(process, tmp_path / "workspace")
     assert (run.status, run.errors) == (0, "")
-    assert "Lost: site-2 was left out in round 2/5.\n" in run.output
+    assert "Lost: site-2 was left out from round 2/5 on.\n" in run.output
     assert "Lost: site-3 was lost in round 2/5.\n" in run.output
     for weights in run.weights().values():
         assert torch.allclose(weights, torch.full_like(weights, VALUES["site-1"]), atol=1e-6)

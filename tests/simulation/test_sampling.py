@@ -60,6 +60,7 @@ def test_seed_decides_who_is_drawn(evaluated, tmp_path):
     assert again.status == 0, again.errors
     assert drawn(again) == drawn(evaluated)
     assert distance(again.weights(), evaluated.weights()) < 1e-6
+    assert "Done: 2 rounds on 3 sites." in again.output
 
     other = run_job(tmp_path / "other", *FLAGS, "--seed", "1")
     assert other.status == 0, other.errors
