@@ -240,7 +240,8 @@ def test_client_that_raises_ends_the_job_with_its_site_and_the_reason_if_that_is
 
 def test_operator_finds_the_jobs_code_command_submitter_and_log_at_the_site_after_its_end(run, federation):
     site = federation.kit("site-3")
-    (job,) = [log.parent for log in site.glob("*/log.txt") if "epoch 2/2" in log.read_text()]
+    job = site / run.results.parent.name  # its ID
+    assert "epoch 2/2" in (job / "log.txt").read_text()
     code = {file.name for file in (job / "app_site-3" / "custom").iterdir()}
     assert code >= {"client_with_eval.py", "data.py", "model.py", "cifar10.py"}
     assert "$CIFAR10" in (job / "app_site-3" / "config" / "config_fed_client.json").read_text()
