@@ -1,7 +1,4 @@
-"""Where the images come from: CIFAR-10, downloaded, checked and decoded once, or a synthetic stand-in of its shapes.
-
-Download CIFAR-10 ahead of time with `python cifar10.py [--data_root DIR]`.
-"""
+"""Where the images come from: CIFAR-10, or synthetic images. `python cifar10.py` downloads CIFAR-10 ahead of a run."""
 
 import argparse
 import functools
@@ -22,14 +19,13 @@ SILENCE = 10  # seconds after which a server that says nothing is given up
 
 
 class DataError(OSError):
-    """The images can't be had, or not as asked for. The message is one line: what is wrong and what to do."""
+    """The images can't be had. The message is one line: what is wrong and what to do."""
 
 
 class Images(Dataset):
-    """Images in memory: a sample is an image, float32 (3, 32, 32) in [-1, 1], and its label, int64.
+    """uint8 images (N, 3, 32, 32) in memory. As in torchvision, `targets` are the labels and `classes` their names.
 
-    Made of uint8 images (N, 3, 32, 32), scaled as torchvision's ToTensor and Normalize(0.5, 0.5) do, and with two names
-    of torchvision's data sets: the labels are its `targets`, and the labels' names its `classes`.
+    A sample is an image, float32 (3, 32, 32) in [-1, 1] (ToTensor and Normalize(0.5, 0.5)), and its label, int64.
     """
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor, classes: list[str]):
@@ -49,25 +45,19 @@ class Images(Dataset):
 
 
 def load_cifar10(root: Path) -> tuple[Images, Images]:
-    """Return CIFAR-10's training and test images, downloaded and decoded first where they are missing.
+    """Return CIFAR-10's training and test images, or raise DataError. Where they are missing, they are downloaded.
 
     They are decoded once, to a file that all processes of a machine map into memory and share.
-
-    Raises:
-        DataError: CIFAR-10 can't be downloaded, read or stored.
     """
-    if (parts := map_decoded(root)) is None:
+    parts = map_decoded(root)
+    if parts is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / "cifar10.lock"):  # of many processes that want it, one gets it for all
                 if (parts := map_decoded(root)) is None:
                     parts = download_and_decode(root)
-                    unfinished = root / f"{DECODED_FILE}.unfinished"
-                    try:
-                        torch.save(parts, unfinished)
-                        unfinished.replace(root / DECODED_FILE)
-                    finally:
-                        unfinished.unlink(missing_ok=True)
+                    torch.save(parts, unfinished := root / f"{DECODED_FILE}.unfinished")
+                    unfinished.replace(root / DECODED_FILE)
         except DataError:
             raise
         except (OSError, RuntimeError) as error:
@@ -84,7 +74,7 @@ def map_decoded(root: Path) -> dict[str, list[torch.Tensor]] | None:
         if all(decoded.stat().st_mtime >= batch.stat().st_mtime for batch in root.glob(f"{BATCHES_FOLDER}/*")):
             parts = torch.load(decoded, mmap=True, weights_only=True)
             return parts if parts.keys() == {"train", "test"} else None
-    except (OSError, RuntimeError, AttributeError):
+    except Exception:  # whatever a damaged file may raise
         pass
     return None
 
@@ -121,11 +111,7 @@ def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[Images
 
 
 def draw_images(patterns: torch.Tensor, count: int, seed: int) -> Images:
-    """Draw synthetic images: each shows the pattern of its class, shifted, faint or strong, under noise.
-
-    Args:
-        patterns: float32 (10, 3, 32, 32), one a class, of mean 0 and standard deviation about 1.
-    """
+    """Draw images, each the pattern (float32, (10, 3, 32, 32)) of its class, shifted, faint or strong, under noise."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)

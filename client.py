@@ -6,10 +6,9 @@ import time
 import nvflare.client as flare  # (1) the Client API
 import torch
 from nvflare.client.tracking import SummaryWriter  # (2) in place of torch.utils.tensorboard's
-from torch.nn import functional as F
 
 from data import add_data_flags, load_data, make_loader
-from model import create_model
+from model import create_model, criterion
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,18 +17,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_clients", type=int, default=2)  # among how many a --split deals the data out
+    parser.add_argument("--sites", nargs="+", default=["site-1", "site-2"])  # that --split divides the data among
     add_data_flags(parser)
     return parser.parse_args()
 
 
 def train(model, train_loader, epochs, lr, device, writer, first_step, place):
-    """Train for some epochs with SGD, print a line for each, and return the mean training loss, a float.
+    """Train for some epochs, print a line per epoch that begins with `place`, and return the mean loss, a float.
 
-    Args:
-        writer: takes `train_loss`, the mean cross-entropy since its last point, about ten times an epoch.
-        first_step: how many optimizer steps came before; the points count on from there.
-        place: what the lines begin with.
+    The writer takes `train_loss`, a mean over the latest steps, about ten times per epoch. Steps count from first_step.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     log_interval = max(1, len(train_loader) // 10)
@@ -37,10 +33,10 @@ def train(model, train_loader, epochs, lr, device, writer, first_step, place):
     model.train()
     for epoch in range(1, epochs + 1):
         start = time.monotonic()
-        for images, labels in train_loader:
-            images, labels = images.to(device), labels.to(device)
+        for inputs, labels in train_loader:
+            inputs, labels = inputs.to(device), labels.to(device)
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
+            loss = criterion(model(inputs), labels)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -48,7 +44,7 @@ def train(model, train_loader, epochs, lr, device, writer, first_step, place):
                 recent = torch.stack(losses[-log_interval:]).mean().item()
                 writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))
         epoch_loss = torch.stack(losses[-len(train_loader) :]).mean().item()
-        print(f"{place}  epoch {epoch}/{epochs}  loss {epoch_loss:.4f}  {time.monotonic() - start:.0f} s")
+        print(f"{place}  epoch {epoch}/{epochs}  loss {epoch_loss:.4f}  {time.monotonic() - start:.1f} s")
     return torch.stack(losses).mean().item()
 
 
@@ -57,20 +53,19 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = create_model().to(device)
 
-    flare.init()  # (3) join the federation
+    flare.init()  # (3) connect this process to its site's NVFlare client
     try:
-        site_name = flare.get_site_name()  # (4) who am I?
+        site_name = flare.get_site_name()  # (4) such as site-1
         train_set, _ = load_data(args, site_name)
         writer = SummaryWriter()  # (5) its points go to the server
 
         while flare.is_running():  # (6) wait for the next task; False when the job has ended
             global_model = flare.receive()  # (7) what came with it: the global model
             model.load_state_dict(global_model.params)  # (8) start from its weights
-
-            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) from 0
+            current_round, end = global_model.current_round, global_model.start_round + global_model.total_rounds  # (9)
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)  # a batch is a step
-            place = f"{site_name}  round {current_round + 1}/{num_rounds}"
+            place = f"{site_name}  round {current_round + 1}/{end}"  # rounds count from 0
             train_loss = train(model, train_loader, args.epochs, args.lr, device, writer, current_round * steps, place)
 
             local_model = flare.FLModel(  # (10) the local model

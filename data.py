@@ -1,11 +1,10 @@
-"""What a site trains on. To use data of your own, replace what stands here.
+"""What a site trains on. To use data of your own, replace the four functions that are called from elsewhere.
 
-The clients call add_data_flags, load_data and make_loader; job.py also check_data_flags and prepare_data.
+job.py calls add_data_flags, prepare_data and load_data; the clients add_data_flags, load_data and make_loader.
 """
 
 import argparse
 import os
-import re
 import zlib
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from cifar10 import DATA_ROOT, DataError, load_cifar10, synthetic_images
+
+ALPHA = 0.5  # by default, for --split dirichlet
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,52 +28,45 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     flag("--alpha", type=float, metavar="X", help="skew of dirichlet, small is strong (default: 0.5)")
 
 
-def check_data_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError, in one line, if these flags of job.py's command line can't be right; complete them."""
+def prepare_data(args: argparse.Namespace) -> dict:
+    """Get the images ready before any client wants them, and settle what "auto" means.
+
+    Returns {"name": in words, "flags": what the sites get instead, "warning": "" if all is well}.
+    Raises ValueError if the flags can't be right, and DataError if CIFAR-10 can't be had.
+    """
     for name, most in (("train_size", 50_000), ("test_size", 10_000)):
         if (size := vars(args)[name]) is not None and not 1 <= size <= most:
             raise ValueError(f"argument --{name}: {size} is not from 1 to {most}")
-    if args.alpha is not None and not 1e-6 <= args.alpha <= 1e6:
-        raise ValueError(f"argument --alpha: {args.alpha} is not from 1e-06 to 1000000.0")
-    if args.split == "dirichlet":
-        args.alpha = args.alpha or 0.5
-    elif args.alpha:
-        raise ValueError("--alpha needs --split dirichlet")
-    if args.split != "same" and args.train_size and args.train_size < args.n_clients:
+    if args.alpha is not None and (args.split != "dirichlet" or not 1e-6 <= args.alpha <= 1e6):
+        raise ValueError("--alpha is from 1e-06 to 1000000, and needs --split dirichlet")
+    if args.split != "same" and args.train_size and args.train_size < len(args.sites):
         raise ValueError(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
-
-
-def prepare_data(args: argparse.Namespace) -> tuple[str, str]:
-    """Get the images ready before any client wants them, and settle what "auto" means.
-
-    Returns:
-        What the sites train on, in words, and a warning: "" if it is what was asked for.
-    """
-    warning = ""
+    if not args.data_root:
+        raise ValueError("--data_root is empty")
+    dataset, data_root, warning = args.dataset, args.data_root, ""
     if args.env == "prod" or args.export:
-        if args.dataset == "auto":
-            args.dataset = "cifar10"  # no real site trains on synthetic images by accident
-    elif args.dataset != "synthetic":
+        if dataset == "auto":
+            dataset = "cifar10"  # no real site trains on synthetic images by accident
+    elif dataset != "synthetic":
+        dataset, data_root = "cifar10", os.path.abspath(os.path.expandvars(os.path.expanduser(data_root)))
         try:
             for site in args.sites:
                 load_cifar10(data_folder(args, site))
-            args.dataset = "cifar10"
         except DataError as error:
-            if args.dataset == "cifar10":
+            if args.dataset != "auto":
                 raise
-            args.dataset, warning = "synthetic", f"training on SYNTHETIC images. {error}"
-    split = {"same": "", "iid": " (iid split)", "dirichlet": f" (dirichlet split of alpha {args.alpha})"}
-    return args.dataset + split[args.split], warning
+            dataset, warning = "synthetic", f"training on SYNTHETIC images. {error}"
+    split = {"same": "", "iid": " (iid split)", "dirichlet": f" (dirichlet split of alpha {args.alpha or ALPHA})"}
+    flags = {"dataset": dataset, "data_root": data_root}
+    return {"name": dataset + split[args.split], "flags": flags, "warning": warning}
 
 
 def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
-    """Return the training and the test set of a site: see cifar10.Images for a sample.
-
-    Data of your own may be any map-style Dataset. job.py's table counts the classes where the labels are class numbers.
+    """Return the training and the test set of a site, any two map-style Datasets: see cifar10.Images for a sample.
 
     Args:
-        args: the flags of add_data_flags, with `seed` and `n_clients`.
-        site: the site's name. Where the split isn't "same", the number in it says which share the site takes.
+        args: the flags of add_data_flags, with `seed` and `sites`.
+        site: the site's name. Where the split isn't "same", its place in `sites` says which share it takes.
 
     Raises:
         DataError: CIFAR-10 can't be had, or the images can't be split so.
@@ -83,11 +77,11 @@ def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
         train_set, test_set = load_cifar10(data_folder(args, site))
         train_set, test_set = train_set.first(args.train_size), test_set.first(args.test_size)
     if args.split != "same":
-        number = re.fullmatch(r"site-(\d+)", site)
-        if not number or not 1 <= int(number[1]) <= args.n_clients:
-            raise DataError(f"--split deals the images out to site-1 ... site-{args.n_clients}, not to {site}")
-        shards = partition(train_set.targets.numpy(), args.n_clients, args.split, args.alpha, args.seed)
-        train_set = Subset(train_set, shards[int(number[1]) - 1].tolist())
+        if site not in args.sites:
+            raise DataError(f"--split divides the images among {', '.join(args.sites)}, and {site} is not among them")
+        labels = train_set.targets.numpy()
+        shards = partition(labels, len(args.sites), args.split, args.alpha or ALPHA, args.seed)
+        train_set = Subset(train_set, shards[args.sites.index(site)].tolist())
     return train_set, test_set
 
 
@@ -100,13 +94,13 @@ def data_folder(args: argparse.Namespace, site: str) -> Path:
 
 
 def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
-    """Deal images out and return their indices, int64: disjoint shards that hold all, the same for the same seed.
+    """Divide images and return their indices, int64: disjoint shards that hold all, the same for the same seed.
 
     Args:
         labels: int64 (N,), the class of each image.
-        split: "iid" deals at random, in shards whose sizes differ by one image at most. "dirichlet" skews the labels
-            (Yurochkin et al. 2019, arXiv:1905.12022): of each class, the shards take fractions drawn from
-            Dir(alpha, ..., alpha). It draws again until each shard has 10 images, or N / num_shards of a small set.
+        split: "iid" gives each shard the same number of random images. "dirichlet" skews the labels (Yurochkin et al.
+            2019, arXiv:1905.12022): of each class, the shards take fractions drawn from Dir(alpha, ..., alpha). It
+            draws again until each shard has 10 images, or N / num_shards of a small set.
         alpha: > 0; near 0 each class goes to one shard, and in the thousands all shards look alike.
 
     Raises:
@@ -133,9 +127,8 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
 def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = None) -> DataLoader:
     """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
 
-    Args:
-        shuffle_by: what decides the order, such as (seed, site, round). It seeds torch, whose generator dropout and
-            augmentation draw from, too: the same values give the same training again. None keeps the data set's order.
+    With shuffle_by, such as (seed, site, round), it seeds torch and shuffles. Dropout and augmentation draw from torch,
+    too, so the same values give the same training again.
     """
     if shuffle_by:
         torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))

@@ -1,10 +1,12 @@
-"""What is learned: the network, and the metric that its best state is chosen by."""
+"""What is learned: the network, its loss, its metrics, and the metric that the best model is chosen by."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-KEY_METRIC = ("accuracy", "max")  # one of those that client_with_eval.py reports; "min": the smaller, the better
+KEY_METRIC = ("accuracy", "max")  # one of those that compute_metrics returns; "min": the smaller, the better
+
+criterion = nn.CrossEntropyLoss()  # takes the outputs and the labels of a batch
 
 
 class SimpleNetwork(nn.Module):
@@ -30,10 +32,21 @@ class SimpleNetwork(nn.Module):
 
 
 def create_model(seed: int = 0) -> nn.Module:
-    """Return the network that the federation learns; its initial weights come from the seed.
+    """Return the network that the federation learns. Its initial weights come from the seed.
 
     A job holds no model, only this function's name: the server calls it for the first global model, with job.py's seed.
     """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
         torch.manual_seed(seed)
         return SimpleNetwork()
+
+
+def compute_metrics(outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of a whole test set by name: accuracy in percent, and loss, the mean cross-entropy.
+
+    Args:
+        outputs: what the network returns, here logits (N, 10) float32, on the CPU.
+        labels: (N,) int64, on the CPU.
+    """
+    correct = (outputs.argmax(dim=1) == labels).sum().item()
+    return {"accuracy": 100 * correct / len(labels), "loss": criterion(outputs, labels).item()}

@@ -1,17 +1,20 @@
-"""What surrounds a run. You need nothing in here to understand federated learning.
+"""What checks, guards and reports a run. You need nothing in here to understand federated learning.
 
+start.py         Can the program begin?
+text.py          Texts in one line.
+tables.py        A table in a terminal.
 arguments.py     Is the command line right?
-places.py        Can these files and folders be used?
-run.py           What holds before, during and after a run? One run a workspace, nothing left running.
-folder.py        Whose is a run's folder? Nothing is lost.
-failure.py       Which site failed, and why?
-console.py       What do a simulation's processes print, and what if it can't be written?
-progress.py      What of that, and of NVFlare's logs, is shown?
-follow.py        How does a job get on in a federation?
-server.py        What does the server do beside FedAvg? It travels with the job.
-presence.py      How does a job do without a site that it lost? It travels, too.
-environments.py  Where does it run? What NVFlare's SimEnv, PocEnv and ProdEnv need to run well.
-results.py       What did NVFlare leave?
-samples.py       What does each site train and test on?
-summary.py       How is it shown?
+flag_types.py    Is a single flag right?
+run.py           What guards a run: one run a workspace, earlier results kept, one line for whatever fails.
+process.py       This process, its signals, and the processes that a run starts.
+recipe.py        What a recipe needs beside NVFlare's defaults: modules to send, guards on the server.
+environments.py  NVFlare's SimEnv, PocEnv and ProdEnv, with what they need.
+simulation.py    The simulator, and its share of the cores.
+console.py       What a job's processes show.
+failure.py       Which site failed, and why: it reads NVFlare's logs.
+results.py       What NVFlare left, read once, checked once.
+summary.py       What is shown: the table at the start, the summary at the end; and summary.json.
+federation/      For --env poc and prod alone.
+on_server/       Travels with the job to the server.
+on_site/         Travels with the job to the sites.
 """

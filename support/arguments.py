@@ -6,149 +6,138 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 
-from support.failure import describe
-from support.places import JOB_NAME, checkpoint, client_script, data_folder, json_file, workspace_folder
+from data import add_data_flags
+from support import flag_types as types
+from support.text import HERE, JOB_NAME, describe, one_line
 
-GPU_GROUP = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"  # of SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two
-RANGES = {"n_clients": (1, 100), "lr": (1e-9, 100), "seed": (0, 2**32 - 1)}  # both ends included
-RANGES |= dict.fromkeys(
-    ["num_rounds", "num_threads", "clients_per_round", "min_sites", "epochs", "batch_size"], (1, 1_000_000)
-)
+TRAIN_FLAGS = ["epochs", "batch_size", "lr", "seed"]  # of every client script, beside --sites
+LIMITED = ["num_threads", "clients_per_round", "min_sites"]  # at most all sites, which is the default
+COMPLETED = {"command", "export", "evaluates", "run_folder", "earlier_run"}  # names that complete() adds
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
+    def add_data_flags(self) -> None:
+        """Add the flags of data.py, the last ones, so that what is wrong with them shows here."""
+        try:
+            add_data_flags(self)
+        except Exception as error:  # a flag with the name of one of job.py's, say
+            self.error(f"{describe(error)}: change add_data_flags")
+
+    def parse_args(self, argv=None):
+        words = sys.argv[1:] if argv is None else argv
+        return super().parse_args(words, argparse.Namespace(command=shlex.join(["python", "job.py", *words])))
+
     def error(self, message):
         if message.startswith("unrecognized arguments"):
             message += " (those of a client script go into --train_args)"
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message, most=1_000)}\n")
 
 
-def command_line(args: argparse.Namespace, names: list[str], add_flags: Callable) -> str:
-    """Return a client script's: the flags of these names, those that a function adds to a parser, and --train_args."""
-    parser = argparse.ArgumentParser(add_help=False)
-    for name in names:
-        parser.add_argument(f"--{name}")
-    add_flags(parser)
-    words = []
-    for action in parser._actions:  # argparse has no public list of them
-        value = vars(args)[action.dest]
-        if action.nargs == 0 and value != action.default:  # as with store_true
-            words.append(action.option_strings[0 if value else -1])
-        elif action.nargs != 0 and value is not None:
-            words += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
-    return f"{shlex.join(words)} {args.train_args}"
+def complete(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
+    """Check what flags mean together, and add what follows from them; exit with 2 and one line on a mistake.
 
-
-def check(args: argparse.Namespace, parser: OneLineParser, check_data_flags: Callable, create_model: Callable) -> None:
-    """Check and complete job.py's arguments; on a mistake exit with 2 and one line that says what is wrong.
-
-    Args:
-        check_data_flags: data.py's.
-        create_model: model.py's, for what --initial_ckpt should hold weights of.
+    Adds the sites' names and number, whether the script evaluates and the job is exported, the run's folder, and the
+    name that an earlier run's folder will get.
     """
-    # NVFlare 2.9.0 takes these two flags out of sys.argv when it is imported, and obeys them in recipe.execute.
-    args.export = "--export" in sys.orig_argv
     try:
-        for name, (low, high) in RANGES.items():
-            if (value := vars(args)[name]) is not None and not low <= value <= high:  # so that nan fails, too
-                raise ValueError(f"argument --{name}: {value} is not from {low} to {high}")
-        args.sites = [f"site-{i + 1}" for i in range(args.n_clients)]
-        args.clients_per_round = args.clients_per_round or args.n_clients
-        args.min_sites = args.min_sites or args.n_clients
-        find_places(args, create_model)
+        if args.sites and args.n_clients not in (None, len(args.sites)):
+            raise ValueError("--sites gives the number of sites: leave --n_clients out")
+        args.sites = args.sites or [f"site-{i + 1}" for i in range(args.n_clients or 2)]
+        args.n_clients = len(args.sites)
+        args.export = "--export" in sys.orig_argv  # NVFlare 2.9.0 takes it out of sys.argv, and obeys it in execute
+        args.evaluates = types.evaluates(args.train_script)
+        args.startup_kit = args.startup_kit and args.startup_kit.absolute()
+        args.run_folder = args.workspace / JOB_NAME
         for mistaken, message in mistakes(args):
             if mistaken:
                 raise ValueError(message)
-        check_data_flags(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except Exception as error:  # of a mistake in a model.py or data.py
-        parser.error(describe(error))
-    args.num_threads = args.num_threads or args.n_clients
+        script_flags(args, {})
+        for name in LIMITED:
+            setattr(args, name, getattr(args, name) or args.n_clients)
+        moment = args.run_folder.lstat().st_mtime if args.run_folder.exists() else time.time()
+        args.earlier_run = args.workspace / time.strftime(f"{JOB_NAME}-%Y-%m-%d-%H%M%S", time.localtime(moment))
+        while os.path.lexists(args.earlier_run):  # a copy of it, say
+            args.earlier_run = args.earlier_run.with_name(f"{args.earlier_run.name}-again")
+        if args.initial_ckpt:
+            if args.run_folder in args.initial_ckpt.parents and not args.export:  # which renames nothing
+                args.initial_ckpt = args.earlier_run / args.initial_ckpt.relative_to(args.run_folder)
+            # NVFlare 2.9.0 sends a checkpoint along if its path is relative, here to the folder that a run works in.
+            args.initial_ckpt = os.path.relpath(args.initial_ckpt, os.getcwd() if args.export else HERE)
+    except Exception as error:  # one of ours, or of a mistake in a data.py
+        parser.error(str(error) if isinstance(error, ValueError) else describe(error))
+    return args
 
 
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
-    """Return what can be wrong with flags together, each with whether it is and how that is said."""
-    given = {name for name, value in vars(args).items() if value is not None}
-    data_root = getattr(args, "data_root", "/")  # data of your own may do without
-    on_sites = args.env == "prod" or args.export
-    in_run_folder = f"can't be in {args.run_folder}, which makes room for the new run"
-    own = (args.run_folder.with_suffix(".lock"), *args.run_folder.parents)
-    simulator = (sys.executable, tempfile.gettempdir(), str(args.workspace))
-    unfit = [path for path in simulator if not args.export and re.search(r"""[\s'"#\\]""", path)]  # split as by a shell
-    groups, gpus = len(re.findall(GPU_GROUP, args.gpu or "")), f"{GPU_GROUP}(,{GPU_GROUP})*"
-    n_clients = args.n_clients
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    """Return the possible conflicts of flags: whether there is one, and what is said of it."""
+    run_folder, n_clients = args.run_folder, args.n_clients
+    simulated, on_sites = args.env == "sim" and not args.export, args.env == "prod" or args.export
+    spare = n_clients - (args.min_sites or n_clients)
+    too_many = [name for name in LIMITED if (getattr(args, name) or 0) > n_clients]
+    data_root = getattr(args, "data_root", None)  # data of your own may do without
+    data_root = "/" if data_root is None else str(data_root)
+    export_dir = any(word.startswith("--export-dir") for word in sys.orig_argv)
+    places = [sys.executable, tempfile.gettempdir(), str(args.workspace)]
+    unfit = [place for place in places if re.search(r"""[\s'"#\\]""", place)]  # which NVFlare 2.9.0 splits as a shell
+    inside = [path for path in (args.train_script, Path(data_root).absolute()) if path.is_relative_to(run_folder)]
+    groups = len(re.findall(r"\[[^]]*\]|[0-9]+", args.gpu or ""))
+    foreign = os.path.lexists(run_folder) and not (run_folder / "server").is_dir()
     return [
-        ("num_threads" in given and args.env != "sim", "--num_threads is for --env sim"),
-        ("gpu" in given and args.env != "sim", "--gpu is for --env sim"),
-        ("num_threads" in given and args.export, "--num_threads is for a run, and says nothing to --export"),
-        ("gpu" in given and args.export, "--gpu is for a run, and says nothing to --export"),
-        ("json" in given and args.export, "--json is for a run, and says nothing to --export"),
+        (foreign and not args.export, f"{run_folder} is no earlier run: move it, or choose another --workspace"),
+        (inside and not on_sites, f"{run_folder} will be renamed: move {' and '.join(map(str, inside))} out of it"),
+        (export_dir and not args.export, "--export-dir is where --export writes to: give both"),
+        (args.first_round > 1 and not args.initial_ckpt, "--first_round needs a model to go on from: --initial_ckpt"),
+        (len(set(args.sites)) < n_clients, "--sites has a name twice"),
+        (too_many, f"--{' and --'.join(too_many)} can't be more than the {n_clients} sites"),
+        ((args.num_threads or args.gpu) and not simulated, "--num_threads and --gpu are for a run with --env sim"),
+        (groups > n_clients, f"--gpu {args.gpu} has more groups than there are sites"),
+        (args.enable_log_streaming and not on_sites, "--enable_log_streaming is for --env prod and --export"),
         (args.export and args.env != "sim", f"--export and --env {args.env} are two ways to use a job: choose one"),
-        ((args.env == "prod") != ("startup_kit" in given), "--env prod and --startup_kit go together"),
-        *(
-            (
-                name in given and vars(args)[name] > n_clients,
-                f"--{name} {vars(args)[name]} is more than --n_clients {n_clients}",
-            )
-            for name in ("num_threads", "clients_per_round", "min_sites")
-        ),
-        (
-            args.env == "sim" and not args.export and args.min_sites < n_clients,
-            "--min_sites is for --env poc or prod: NVFlare's simulator waits for a lost site for ever",
-        ),
-        (
-            args.clients_per_round <= n_clients - args.min_sites,
-            "a round could draw only sites that are lost: raise --clients_per_round or --min_sites",
-        ),
-        (
-            "gpu" in given and not re.fullmatch(gpus, args.gpu),
-            f"--gpu {args.gpu!r} is no list: write 0 or 0,1 or [0,1]",
-        ),
-        (groups > n_clients, f"--gpu {args.gpu} has more groups than --n_clients {n_clients}"),
+        ((args.env == "prod") != (args.startup_kit is not None), "--env prod and --startup_kit go together"),
+        (simulated and spare, "--min_sites is for --env poc or prod: a simulation ends when it loses a site"),
+        ((args.clients_per_round or n_clients) <= spare, "a round could draw only lost sites: see --min_sites"),
         (args.cross_site_eval and not args.evaluates, "--cross_site_eval needs a script that calls is_evaluate"),
         (on_sites and data_root[:1] not in ("/", "~", "$"), "--data_root is on the sites: begin it with /, ~ or $"),
-        (not on_sites and Path(data_root).is_relative_to(args.run_folder), f"--data_root {in_run_folder}"),
-        (args.train_script.is_relative_to(args.run_folder), f"--train_script {in_run_folder}"),
-        (args.json and args.json.is_relative_to(args.run_folder), f"--json {in_run_folder}"),
-        (args.json in own, f"--json can't be {args.json}, which is job.py's own"),
-        (
-            not re.fullmatch(r"[1-9][0-9]{0,4}(,[1-9][0-9]{0,4})*", threads),
-            f"OMP_NUM_THREADS={threads!r} in the environment is no number of threads",
-        ),
-        (unfit, f"NVFlare's simulator can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
+        (unfit and not on_sites, f"NVFlare can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
     ]
 
 
-def find_places(args: argparse.Namespace, create_model: Callable) -> None:
-    """Check the files and folders one by one, and make their paths absolute."""
-    kinds = {
-        "train_script": client_script,
-        "train_args": shell_words,
-        "initial_ckpt": lambda text: checkpoint(text, create_model),
-        "workspace": workspace_folder,
-        "json": json_file,
-    }
-    if args.env != "prod" and not args.export:  # where it is on the sites
-        kinds["data_root"] = lambda text: data_folder(text, args.sites)
-    for name, kind in kinds.items():
-        if (text := getattr(args, name, None)) is not None:
-            try:
-                setattr(args, name, kind(str(text)))
-            except ValueError as error:
-                raise ValueError(f"argument --{name}: {error}") from error
-    args.train_script, args.evaluates = args.train_script
-    args.startup_kit = args.startup_kit and args.startup_kit.absolute()
-    args.run_folder = args.workspace / JOB_NAME
+def script_flags(args: argparse.Namespace, data: dict) -> str:
+    """Return the flags of a client script: --epochs and so on, --sites, those of data.py, and --train_args.
 
+    Those of data.py are the words of the command line, and what prepare_data has settled.
 
-def shell_words(text: str) -> str:
-    """Check that NVFlare, which splits flags as a shell does, can split these."""
-    shlex.split(text)
-    return text
+    Args:
+        data: what prepare_data returned, whose "flags" say what it has settled.
+
+    Raises:
+        ValueError: data.py has a flag that it can't have, or NVFlare would replace a part of a value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_data_flags(parser)
+    options = {}
+    for action in parser._actions:  # argparse has no public list of them
+        if action.dest in COMPLETED or not action.option_strings:
+            raise ValueError(f"{action.dest} can't be a flag of data.py: rename it in add_data_flags, with -- in front")
+        options[action.dest] = action.option_strings[0]
+    words = []
+    given = shlex.split(args.command)[2:]
+    _, others = parser.parse_known_args(given)
+    for word in given:  # others has those that aren't data.py's, in their order
+        if others and word == others[0]:
+            others.pop(0)
+        else:
+            words.append(word)
+    for name, value in data.get("flags", {}).items():
+        if name not in options or not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise ValueError(f"prepare_data can't settle {name}={value!r}: it is no flag with a text or number")
+        words.append(f"{options[name]}={value}")
+    if re.search("[{}]", f"{words}{args.train_args}".replace("{site}", "")):
+        raise ValueError("a script's flags can't hold braces, but for {site}")  # NVFlare 2.9.0 replaces {name} in them
+    train_flags = [f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS]
+    return shlex.join([*train_flags, "--sites", *args.sites, *words, *args.train_args])

@@ -1,114 +1,125 @@
-"""Which site failed, and why? Read from NVFlare's logs: all that depends on the wording of NVFlare 2.9 stands here."""
+"""Which site failed, and why? All that depends on how NVFlare 2.9 words its logs stands here and in console.py."""
 
+import argparse
 import contextlib
 import json
 import re
-import time
-import traceback
-from collections.abc import Iterator
-from datetime import datetime
+import signal
 from pathlib import Path
 
-from support.progress import CONTROLS, is_printed
+from support.console import is_printed
+from support.on_site.run_script import ENDED
+from support.text import one_line
 
-JOB_LOGS = ["server/log.json", "poc/*/*/server/*/log.json"]  # of a server that is at work on this machine
-SERVER_LOGS = [*JOB_LOGS, "server/*/workspace/log.json", "poc/*/*/server/log.json"]
-LOGS = ["*/log.json", "server/*/workspace/log.json", "poc/*/*/*/*/log.json"]  # simulated, downloaded, on this machine
+KILLED = "its script was killed, or ended itself"
+NOT_READY = "no attribute 'get_widget'"  # NVFlare 2.9.0's server, asked by show_stats while it starts or ends
 
 
-class JobFailed(Exception):
-    """A job ended without the results that it was for."""
+def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
+    """Say which site failed first, or that the server did, why, and where the log is."""
+    if site := killed_site(args.run_folder):
+        return f"{site} failed: its process was killed (see {args.run_folder / site / 'log.txt'})"
+    server_log, see_server = find_log(args.run_folder)
+    of_server = f"server failed: {str(error).partition('. ')[0]}{see_server}"
+    if lost := read_lost_sites(args.run_folder):
+        return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
+    if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
+        return of_server
+    for raised in filter(None, (first_exception(record["message"]) for record in errors(server_log))):
+        if not raised.endswith(NOT_READY):
+            return f"server failed: {raised}{see_server}"
+    return failed_script(args, job_failed=True) or of_server
+
+
+def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
+    """Say which site's script failed, by how the scripts ended; return "" if none did, as far as it is known here."""
+    lost = read_lost_sites(args.run_folder)  # which the job did without
+    # NVFlare 2.9.0 itself ends the scripts of a job that failed, and all but the last ones with few --num_threads. In
+    # prod, the end of a log may not have come.
+    may_be_killed = job_failed or args.num_threads < args.n_clients or args.env == "prod"
+    for site in (site for site in args.sites if site not in lost):
+        log, see = find_log(args.run_folder, site)
+        end = end_of_script(log)
+        if end and not (end == KILLED and may_be_killed):
+            return f"{site} failed: {end}{see}"
+    return ""
+
+
+def why_lost(run_folder: Path, site: str, events: list[list[str]]) -> str:
+    """Say why a site was left out or lost: what the server refused, or how its script ended, and where its log is."""
+    log, see = find_log(run_folder, site)
+    refused = [why for _, _, why in events if why]
+    if refused:
+        return refused[-1] + see
+    end = end_of_script(log)
+    if events[0][0] == "was lost" and end in (KILLED, ""):
+        return f"it no longer answered{see}"
+    if not log:
+        return "its own log tells why (with --enable_log_streaming, sites send theirs)"
+    return (end or "its script ended while the job went on") + see
+
+
+def end_of_script(log: list[dict]) -> str:
+    """Say how a client script ended, by its last line or by its status; return "" if it ended well, or never began."""
+    printed = [record["message"] for record in log if is_printed(record["name"], record["message"])]
+    ends = [i for i, line in enumerate(printed) if line.startswith(ENDED)]
+    if ends:
+        end = printed[ends[-1]].removeprefix(ENDED)
+        if end == "status 0" and any("before completing the HELLO" in record["message"] for record in errors(log)):
+            return "its script ended before flare.init()"
+        if not end.startswith("status "):
+            return one_line(end)
+        said = [line for line in printed[: ends[-1]] if line.strip()] or ["it printed nothing"]
+        return "" if end == "status 0" else f"its script ended with {end}: {one_line(said[-1])}"
+    codes = re.findall(r"exited \(rc=(-?\d+)\)", " ".join(record["message"] for record in errors(log)))
+    if codes and int(codes[-1]) < 0:
+        return f"its script was killed by {signal.Signals(-int(codes[-1])).name}"
+    if codes:
+        return f"its script ended itself with status {codes[-1]}"
+    return KILLED if log else ""
 
 
 def killed_site(run_folder: Path) -> str | None:
-    """Return the name of a simulated site whose process died: NVFlare logs that, and waits for it for ever."""
-    server = run_folder / "server"
+    """Return the name of a simulated site whose process died: NVFlare logs that, and waits for it forever."""
     with contextlib.suppress(OSError):
-        if (server / "error_log.txt").stat().st_size:  # else spare the longer log, since this is asked each second
-            for record in errors(read_log(server / "log.json")):
-                found = re.search(r" client ([\w-]+)", record["message"])
-                if found and record["name"] == "SimulatorClientRunner":
-                    return found[1]
+        log = (run_folder / "server" / "error_log.txt").read_text()
+        if found := re.search(r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)", log):
+            return found[1]
     return None
 
 
-def seconds_without_news(run_folder: Path) -> float:
-    """Return how long a job's server has logged nothing: no task that it gave out, no result that it got."""
-    with contextlib.suppress(OSError, StopIteration):  # there is none yet, or NVFlare has just deleted it
-        return time.time() - next(logs_of(run_folder, JOB_LOGS)).stat().st_mtime
-    return 0
+def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
+    """Read which sites were lost, in the order in which they were: {site: [[what, in which round, why], ...]}."""
+    for file in run_folder.glob("server/**/lost_sites.json"):
+        with contextlib.suppress(ValueError):  # it is being written
+            return json.loads(file.read_text())
+    return {}
 
 
-def sites_at_work(run_folder: Path) -> list[str]:
-    """Say of each site that owes the server a result for which task, and for how long."""
-    at_work = {}
-    for record in read_log(next(logs_of(run_folder, JOB_LOGS))):
-        message, since = record["message"], datetime.strptime(record["asctime"], "%Y-%m-%d %H:%M:%S,%f")
-        if found := re.search(r"Round (\d+) started", message):
-            round_number = int(found[1]) + 1
-        elif found := re.match(r"Sending task (\w+) to \[(.*)\]", message):
-            at_work.update(dict.fromkeys(re.findall(r"[\w-]+", found[2]), (found[1], since)))
-        elif found := re.search(r"assigned task to client (\S+): name=(\w+)", message):
-            at_work[found[1]] = found[2], since
-        elif found := re.search(r"got result from client (\S+) for", message):
-            at_work.pop(found[1], None)
-    lines = []
-    for site, (task, since) in sorted(at_work.items()):
-        what = f"round {round_number}" if task == "train" else f"the task {task}"
-        seconds = (datetime.now() - since).total_seconds()
-        lines.append(f"{site}: at work on {what} for {seconds:.0f} s")
-    return lines
+def stop_cond(run_folder: Path) -> tuple[bool, bool]:
+    """Tell whether FedAvg had a stop_cond, and whether that ended the job before its last round.
+
+    With one, FedAvg logs each round's mean, and saves only the best model so far.
+    """
+    log, _ = find_log(run_folder)
+    said = "\n".join(record["message"] for record in log if record["name"] == "FedAvg")
+    return " global metrics: " in said, "Stopping at round=" in said
 
 
-def reason_of_failure(run_folder: Path, error: Exception) -> str:
-    """Say which site failed first, why, and where its log is."""
-    if site := killed_site(run_folder):
-        return f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})"
-    of_server = f"server failed: {str(error).partition('. ')[0]}"
-    if server_log := next(logs_of(run_folder, SERVER_LOGS), None):
-        of_server += f" (see {server_log.with_suffix('.txt')})"
-    logs = {log: read_log(log) for log in logs_of(run_folder, LOGS)}
-    first_errors = {log: found[0]["asctime"] for log, records in logs.items() if (found := errors(records))}
-    killed = re.search(r"return code (-|2[2-5]\d)", str(error))  # the simulator's, or its server's: -9, or 256 - 9
-    if not first_errors or killed:
-        return of_server
-    log = min(first_errors, key=first_errors.get)
-    site = next(part for part in log.relative_to(run_folder).parts if re.fullmatch(r"server|site-\d+", part))
-    printed, logged = printed_in(logs[log]), [record["message"] for record in errors(logs[log])]
-    raised = (last_exception(message.splitlines()) for message in logged)
-    reason = last_exception(printed) or next(filter(None, raised), None) or one_line(logged[0])
-    # "... exited (rc=2) before completing the HELLO handshake"
-    if found := re.search(r"trainer process.* exited \(rc=(-?\d+)\)", reason):
-        said = [line for line in printed if line.strip()]
-        reason = f"its script ended with status {found[1]}: {one_line(said[-1]) if said else 'it printed nothing'}"
-    if found := re.search(r"Result from (\S+) is bad, error code: (\w+)", "\n".join(logged)):  # in a server's log
-        site, code = found[1], found[2]
-        if code == "TASK_RESULT_FILTER_ERROR":  # by server.py
-            reason = reason.removeprefix("ValueError: ")
-        else:
-            reason = f"{code}, of which its own log says more"
-            for results in run_folder.glob("server/*/workspace"):
-                if raised := exception_of(site, results):
-                    return f"{site} failed: {raised} (see {results / site / 'log.json'})"
-    return f"{site} failed: {reason} (see {log.with_suffix('.txt')})"
+def find_log(run_folder: Path, site: str = "server") -> tuple[list[dict], str]:
+    """Return a log, and a hint where it is."""
+    for log in log_files(run_folder, site):
+        if records := read_log(log):
+            text = log.with_suffix(".txt")  # easier to read, but not streamed
+            return records, f" (see {text if text.exists() else log})"
+    return [], ""
 
 
-def exception_of(site: str, results: Path) -> str | None:
-    """Return what a script in a federation raised, by what its site streamed of its log until the job ended."""
-    return last_exception(printed_in(read_log(results / site / "log.json")))
-
-
-def describe(error: Exception) -> str:
-    """Say in one line what an exception in this process means, and which line of a user's own code it comes from."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, OSError) and error.errno is None and "/lib/python3" not in place.filename:
-        return one_line(str(error), most=1_000)  # written for people
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    return last_exception(lines, f" ({Path(place.filename).name}:{place.lineno})")
-
-
-def logs_of(run_folder: Path, places: list[str]) -> Iterator[Path]:
-    return (log for place in places for log in run_folder.glob(place))
+def log_files(run_folder: Path, site: str) -> list[Path]:
+    """Return the logs of a site, or of all with "*": of a simulation, of poc, and downloaded from a federation."""
+    downloaded = "workspace" if site == "server" else f"workspace/{site}"
+    places = (f"{site}/log.json", f"poc/*/prod_00/{site}/*/log.json", f"server/*/{downloaded}/log.json")
+    return [log for place in places for log in run_folder.glob(place)]
 
 
 def read_log(log: Path) -> list[dict]:
@@ -126,32 +137,15 @@ def parse_log(text: str) -> list[dict]:
     return records
 
 
-def printed_in(records: list[dict]) -> list[str]:
-    return [record["message"] for record in records if is_printed(record["name"], record["message"])]
-
-
 def errors(records: list[dict]) -> list[dict]:
     return [record for record in records if record["levelname"] in ("ERROR", "CRITICAL")]
 
 
-def last_exception(lines: list[str], otherwise: str = "") -> str | None:
-    """Return what was raised last, in one line, with its place in a user's own code, if that had a part in it."""
-    if full := [line for line in lines if re.match(r"OSError: \[Errno (27|28)\]", line)]:
-        return one_line(full[0])  # of which the exception of torch.save that follows says nothing
-    raised = []
-    for start in (i + 1 for i, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")):
-        end = next((i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
-        message = [
-            line for line in lines[end : end + 4] if not re.match("During handling of|The above exception", line)
-        ]
-        calls = (re.match(r' *File "(.+)", line (\d+)', line) for line in lines[start:end])
-        own = [call for call in calls if call and not re.search(r"/lib/python3|/support/|/job\.py$|^<", call[1])]
-        raised.append((one_line(" ".join(message)), f" ({Path(own[-1][1]).name}:{own[-1][2]})" if own else ""))
-    placed = [(message, place) for message, place in raised if place]
-    return "".join(placed[-1]) if placed else raised[-1][0] + otherwise if raised else None
-
-
-def one_line(text: str, most: int = 300) -> str:
-    """Return a text without line ends and terminal codes, cut to a length."""
-    text = " ".join(CONTROLS.sub(" ", re.sub(r"\x1b\[[0-9;]*m", "", text)).split())
-    return text if len(text) <= most else text[:most] + " ..."
+def first_exception(message: str) -> str | None:
+    """Return what was raised first in the tracebacks of a log record, which led to the rest, with its place."""
+    traceback = r"^Traceback \(most recent call last\):\n((?: .*\n)+)(.+(?:\n.+)*)"
+    if not (found := re.search(traceback, message, re.MULTILINE)):
+        return None
+    calls = re.findall(r'^ *File "(.+)", line (\d+)', found[1], re.MULTILINE)
+    own = [call for call in calls if not re.search(r"/lib/python3|/site-packages/|/support/|^<", call[0])]
+    return one_line(found[2]) + (f" ({Path(own[-1][0]).name}:{own[-1][1]})" if own else "")

@@ -1,64 +1,91 @@
-"""What holds before, during and after a run?
+"""What guards a run?
 
-- One run at a time in a workspace.
-- Whatever fails ends in one line. A client's process that dies ends the run, one that is slow is named.
+- One run at a time in a workspace. Earlier results get another name, and nothing is ever deleted.
+- Whatever fails ends in one line.
 - However job.py ends, short of SIGKILL, no process of the run is left behind.
 """
 
 import argparse
 import contextlib
-import fcntl
 import os
-import signal
+import shutil
 import sys
-import threading
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil  # comes with nvflare
+from filelock import FileLock, Timeout  # comes with torch
 
-from support.console import failure_of_output, open_streams
-from support.failure import JobFailed, describe, killed_site, reason_of_failure, seconds_without_news, sites_at_work
-from support.folder import FREE_SPACE, MARK, MODEL, full_disk, lock_file
+from support.failure import failed_script, reason_of_failure
+from support.process import RUN_VARIABLE, Stopped, ended_by_signals, kill, process_as_it_was, processes_of
+from support.results import read_results
+from support.summary import show_data, sum_up
+from support.text import HERE, JobFailed, describe
 
-HERE = Path(__file__).resolve().parent.parent
-PATIENCE = 120  # seconds without news from a site, after which the sites that are at work are named
-RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
+LOCK = ".hello-pt.lock"  # in the workspace
+
+
+class Run:
+    """A run, or an export, which needs less."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.stack, self.data, self.begun = args, contextlib.ExitStack(), None, False
+
+    def begin(self, data: dict) -> None:
+        """Take the workspace, say what the sites train on (what prepare_data returned), and rename an earlier run."""
+        self.begun = True
+        if self.args.export:
+            return
+        self.stack.enter_context(only_run(self.args.run_folder))
+        self.data = show_data(self.args, data)
+        make_room(self.args)
+
+    def sum_up(self, folder: str) -> None:
+        """Sum up the results in a folder, in which app_server, tb_events and so on are."""
+        sum_up(self.args, self.data, read_results(self.args, Path(folder)))
+        if failed := failed_script(self.args, job_failed=False):
+            raise OSError(f"{failed}; the results are complete")
 
 
 @contextlib.contextmanager
-def guarded(args: argparse.Namespace) -> Iterator[None]:
-    """Guard a run, or an export, which needs less: what fails ends in one line, with status 1."""
-    open_streams()
+def guarded(args: argparse.Namespace) -> Iterator[Run]:
+    """Guard a run. What fails ends in one line, with status 1, or 2 if it is wrong before the run begins."""
+    run = Run(args)
     try:
-        try:
-            with contextlib.nullcontext() if args.export else only_run(args.run_folder):
-                yield
-        finally:
-            sys.stdout.flush()
+        with process_as_it_was(), ended_by_signals(), run.stack:
+            yield run
+            print(end="", flush=True)  # so that it fails here if it can't be written
+    except Stopped as stopped:
+        complete = run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt"))
+        left = f"the rounds before are in {args.run_folder}" if complete else "no round was complete"
+        print(f"job.py: stopped; {stopped.left or left}", file=sys.stderr, flush=True)
+        if getattr(sys.modules["__main__"], "__file__", None) == str(HERE / "job.py"):
+            os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
+        raise
+    except SystemExit as stop:
+        if args.export and not stop.code:  # NVFlare has written the job's folder
+            raise
+        sys.exit(f"job.py: error: {describe(stop)} ended the program")
     except Exception as error:
-        reason = failure_of_output(error) or (not args.export and full_disk(args.run_folder, least=1_000_000))
-        if not reason and isinstance(error, JobFailed):
-            reason = reason_of_failure(args.run_folder, error)
-        sys.exit(f"job.py: error: {reason or describe(error)}")
+        reason = reason_of_failure(args, error) if isinstance(error, JobFailed) else describe(error)
+        if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
+            reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            try:
+                os.write(1, b"\n")
+            except OSError as unwritable:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
+                reason = f"can't write to standard output: {unwritable.strerror}"
+        print(f"job.py: error: {reason}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) and not run.begun else 1)
 
 
-class Stopped(SystemExit):
-    """A signal asked job.py to stop."""
-
-    left = None  # what it leaves, if that isn't the rounds in the run's folder
-
-
-def exit_on_signals() -> None:
-    """Make SIGINT, SIGTERM and SIGHUP end this process as an exception does, with the status 128 + signal."""
-
-    def stop(number, frame):
-        raise Stopped(128 + number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, stop)
+def make_room(args: argparse.Namespace) -> None:
+    """Rename the folder of an earlier run, and make this one's. A folder with a folder server/ in it is a run's."""
+    if args.run_folder.exists():
+        args.run_folder.rename(args.earlier_run)
+        print(f"The results of the run before are kept in {args.earlier_run}", flush=True)
+    (args.run_folder / "server").mkdir(parents=True)
 
 
 @contextlib.contextmanager
@@ -69,83 +96,26 @@ def only_run(run_folder: Path) -> Iterator[None]:
         OSError: the workspace can't be made or written; or another job.py runs there, or what a killed one left.
     """
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    if full := full_disk(run_folder, least=FREE_SPACE):
-        raise OSError(full)
-    with lock_file(run_folder.with_suffix(".lock")) as lock:
-        at_work = f"is at work in {run_folder}: wait for its end, or choose another --workspace"
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"process {lock.read().strip()} {at_work}") from None
+    at_work = f"at work in {run_folder}: wait for its end, or choose another --workspace"
+    file = run_folder.parent / LOCK
+    if file.is_file() and file.stat().st_size:  # filelock 4.1, the latest for Python 3.10, would empty it
+        raise OSError(f"{file} is no lock of job.py's: move it, or choose another --workspace")
+    try:
+        lock = FileLock(file).acquire(blocking=False)
+    except Timeout:
+        raise OSError(f"another job.py is {at_work}") from None
+    with lock, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if orphans := processes_of(run_folder):
-            raise OSError(f"process {orphans[0].pid} (the simulation of a killed job.py) {at_work}")
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} (job.py)\n")
-        lock.flush()
-
-        exit_on_signals()
-        os.environ[RUN_VARIABLE] = str(run_folder)
-        find_own_modules()
-        over = threading.Event()
-        threading.Thread(target=watch, args=(run_folder, over), daemon=True).start()
-        stopped = None
+            raise OSError(f"process {orphans[0].pid} (the simulation of a killed job.py) is {at_work}")
+        os.environ |= {
+            RUN_VARIABLE: str(run_folder),
+            "TMPDIR": scratch,  # of processes that may be killed before they tidy up
+        }
+        # Where `python -m`, which starts the server, looks first, so that it finds this model.py and no other: NVFlare
+        # 2.9.0 puts a job's code behind all else in sys.path.
+        os.chdir(HERE)
         try:
             yield
-        except Stopped as signaled:
-            stopped = signaled
-            complete = any(run_folder.glob(MODEL))
-            left = f"the rounds before are in {run_folder}" if complete else "no round was complete"
-            print(f"job.py: stopped; {stopped.left or left}", file=sys.stderr)
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-            over.set()
-            kill_processes_of(run_folder)
-            with contextlib.suppress(OSError):
-                (run_folder / MARK).touch()
-            lock.truncate(0)
-        if stopped:
-            sys.stdout.flush()
-            os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
-
-
-def find_own_modules() -> None:
-    """Let the server find this model.py and no other: NVFlare 2.9.0 puts a job's code behind all else in sys.path."""
-    os.chdir(HERE)  # where `python -m`, which starts the server, looks first
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def processes_of(run_folder: Path) -> list[psutil.Process]:
-    """Return the processes of a run, whoever started them: NVFlare's, and what these started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # ended, or another user's
-            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run_folder):
-                found.append(process)
-    return found
-
-
-def kill_processes_of(run_folder: Path) -> None:
-    while processes := processes_of(run_folder):
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(processes, timeout=1)
-
-
-def watch(run_folder: Path, over: threading.Event) -> None:
-    """Kill a run whose site's process died: NVFlare 2.9.0's simulator logs that, but waits for it for ever.
-
-    Name the sites that a run waits for, after PATIENCE, and again each time that the wait has doubled.
-    """
-    patience = PATIENCE
-    while not over.wait(1):
-        if killed_site(run_folder):
-            kill_processes_of(run_folder)
-        quiet = seconds_without_news(run_folder)
-        if quiet < PATIENCE:
-            patience = PATIENCE
-        elif quiet > patience:
-            patience *= 2
-            for line in sites_at_work(run_folder):
-                print(f"job.py: still waiting for {line}", flush=True)
+            while processes := processes_of(run_folder):
+                kill(processes)

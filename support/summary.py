@@ -1,109 +1,175 @@
-"""How is it shown? What came of the run, for people, as JSON and in TensorBoard."""
+"""What is shown of a run? The table at its start, the summary at its end, and summary.json."""
 
 import argparse
 import json
-import math
 import os
 import shlex
-from collections.abc import Callable
-from pathlib import Path
+import sys
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import torch
+from torch.utils.data import Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 
-from support.results import BEST_MODEL, BETTER, FINAL_MODEL
+from data import load_data
+from support.results import BEST_MODEL, FINAL_MODEL
+from support.tables import MOST_COLUMNS, print_table, show
+from support.text import HERE, describe
 
-COLUMNS = 12  # of a table, side by side
+MOST_CLASSES = 10_000  # labels above this are not counted as classes
+MOST_ROUNDS = 7  # that a table shows
+
+
+def show_data(args: argparse.Namespace, data: dict) -> dict:
+    """Print what each site has, class by class, and return it. In a provisioned federation, only the sites know it.
+
+    Args:
+        data: what prepare_data of data.py returns.
+    """
+    shown = {"name": data["name"], "warning": data.get("warning", ""), "sites": {}}
+    if shown["warning"]:
+        print(f"\n{'!' * 100}\nWARNING: {shown['warning']}\n{'!' * 100}\n", file=sys.stderr)
+    print(f"Training on {data['name']}.", flush=True)
+    if args.env != "prod":
+        settled = argparse.Namespace(**{**vars(args), **data.get("flags", {})})
+        shown["sites"] = {site: describe_site(settled, site) for site in args.sites}
+        print_samples(shown["sites"])
+    return shown
+
+
+def describe_site(args: argparse.Namespace, site: str) -> dict:
+    """Return how many samples a site trains and tests on, and how many of each class it trains on."""
+    try:
+        train_set, test_set = load_data(args, site)
+        sizes = {"train_size": len(train_set), "test_size": len(test_set)}
+    except Exception as error:  # of a data.py of the user's, say
+        raise OSError(f"load_data for {site}: {describe(error)}") from error
+    if 0 in sizes.values():
+        raise OSError(f"{site} has no samples to {'train' if not sizes['train_size'] else 'test'} on")
+    return {**sizes, "class_counts": class_counts(train_set)}
+
+
+def print_samples(sites: dict[str, dict]) -> None:
+    few = all(len(has["class_counts"]) <= MOST_COLUMNS - 2 for has in sites.values())  # a table has no room for more
+    rows = {
+        site: {"test": has["test_size"], "train": has["train_size"], **(has["class_counts"] if few else {})}
+        for site, has in sites.items()
+    }
+    first, *others = rows.values()
+    if all(row == first for row in others):
+        rows = {"each site": first}
+    print()
+    print_table("Samples", rows, list(dict.fromkeys(name for row in rows.values() for name in row)))
+    print(flush=True)
+
+
+def class_counts(dataset: Dataset) -> dict[str, int]:
+    """Count a data set's samples of each class; return {} if the labels are no class numbers.
+
+    Labels and their names are the data set's `targets` and `classes`, as torchvision calls them.
+    """
+    indices = range(len(dataset))
+    while isinstance(dataset, Subset):
+        indices = [dataset.indices[i] for i in indices]
+        dataset = dataset.dataset
+    try:
+        labels = torch.as_tensor(dataset.targets)[list(indices)]
+        names = getattr(dataset, "classes", [])
+        counts = labels.bincount(minlength=len(names)).tolist() if labels.max() < MOST_CLASSES else []
+        return {str(names[i]) if i < len(names) else str(i): count for i, count in enumerate(counts)}
+    except Exception:  # no targets, or something else than class numbers
+        return {}
 
 
 def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
-    """Print a run's summary, complete TensorBoard's points, and write --json: see show_data and read_results."""
-    complete_tensorboard(results, args.num_rounds)
-    report = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "data": data,
-        **results,
-        "tensorboard_command": f"tensorboard --logdir {shlex.quote(results['paths']['tensorboard'])}",
-    }
-    print_summary(report)
-    if args.json:
-        report = json.loads(json.dumps(report), parse_constant=lambda constant: None)  # NaN and infinity become None
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = args.json.with_name(f"{os.getpid()}.unfinished")  # so that nobody ever sees a part of it
-        try:
-            unfinished.write_text(json.dumps(report, indent=2) + "\n")
-            unfinished.replace(args.json)
-        except OSError as error:
-            raise OSError(f"can't write {args.json}: {error.strerror}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+    """Print a run's summary, add the final model's points to TensorBoard, and write summary.json.
 
-
-def complete_tensorboard(results: dict, num_rounds: int) -> None:
-    """Add the points of the final model, and those of metrics for which the script wrote none itself.
-
-    NVFlare 2.9.0 tells no client which model it validates, so no client can add the final model's.
+    Args:
+        data: what show_data returned.
+        results: what read_results returned.
     """
-    final = results["models"].get(FINAL_MODEL, {})
-    for site in {site for row in (*results["rounds"], final) for site in row}:
-        folder = os.path.join(results["paths"]["tensorboard"], site)
-        events = EventAccumulator(folder)
-        written = set(events.Reload().Tags()["scalars"]) if os.path.isdir(folder) else set()
-        with SummaryWriter(folder) as writer:
-            for i, row in enumerate(results["rounds"]):
-                for name, value in row.get(site, {}).items():
-                    if name not in written:
-                        writer.add_scalar(name, value, global_step=i)
-            for name, value in final.get(site, {}).items():
-                writer.add_scalar(name, value, global_step=num_rounds)
+    for site, metrics in results["models"].get(FINAL_MODEL, {}).items():
+        # NVFlare 2.9.0 tells no client which model it validates, so no client can write this point.
+        with SummaryWriter(f"{results['paths']['tensorboard']}/{site}") as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step=results["final_round"])
+    command = f"tensorboard --logdir {shlex.quote(results['paths']['tensorboard'])}"
+    report = {"settings": vars(args), "data": data, **results, "tensorboard_command": command}
+    print_summary(report)
+    (args.run_folder / "summary.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
-def print_summary(summary: dict) -> None:
+def print_summary(report: dict) -> None:
     """Print the data, the metrics of all rounds and sites, and where the models and the curves are."""
-    settings, models = summary["settings"], summary["models"]
-    rows = {f"round {i}": metrics for i, metrics in enumerate(summary["rounds"], start=1)}
+    settings, models = report["settings"], report["models"]
+    rows = {f"round {settings['first_round'] + i}": metrics for i, metrics in enumerate(report["rounds"])}
     if FINAL_MODEL in models:
         rows["final"] = models[FINAL_MODEL]
-    sites = {site for row in (*rows.values(), *models.values()) for site in row} or settings["sites"]
-    sites = sorted(sites, key=lambda site: (len(site), site))
-    all_sites = max(len(sites), settings["n_clients"])  # some may never have been drawn, or were lost at once
-    print(f"\nDone: {count(settings['num_rounds'], 'round')} on {count(all_sites, 'site')}.")
-    print(f"Data: {describe(summary['data'])}.")
-    if summary["data"]["warning"]:
-        print(f"      WARNING: {summary['data']['warning'].partition('. ')[0]}; the reason stands above.")
-
-    for site, events in summary["lost_sites"].items():
-        print(f"Lost: {site} {', '.join(events)}.")
+    reported = {site for row in (*rows.values(), *models.values()) for site in row}
+    others = sorted(reported.difference(settings["sites"]))  # of a federation whose sites have names of their own
+    sites = [site for site in settings["sites"] if site in reported] + others
+    all_sites = max(len(reported), settings["n_clients"])  # some may never have been drawn, or were lost at once
+    rounds = count(report["completed"], "round")
+    if report["completed"] < settings["num_rounds"]:
+        rounds += f" of {settings['num_rounds']} (stop_cond or patience was met)"
+    print(f"\nDone: {rounds} on {count(all_sites, 'site')}.")
+    print(f"Data: {in_words(report['data'])}.")
+    if report["data"]["warning"]:
+        print(f"      WARNING: {report['data']['warning'].partition('. ')[0]}; the reason stands above.")
+    for site, events in report["lost_sites"].items():
+        print(f"Lost: {site} {', '.join(f'{what} in {place}' for what, place, _ in events)}.")
 
     evaluated = " (they evaluate the global model before they train it)" if settings["evaluates"] else ""
     print(f"\nWhat the sites reported in each round{evaluated}:")
-    for metric in dict.fromkeys(name for row in rows.values() for metrics in row.values() for name in metrics):
-        print_table(metric, table(rows, sites, metric), order=sites)
-    name, mode = summary["key_metric"]["name"], summary["key_metric"]["mode"]
+    print_metrics(rows, sites, MOST_ROUNDS)
     if settings["cross_site_eval"]:
-        print("\nEach model (row) on each site's test data (column), * the best of the column:")
-        rows = {model: models[model] for model in (FINAL_MODEL, BEST_MODEL, *sites) if model in models}
-        print_table(name, mark_best(table(rows, sites, name), BETTER[mode]), order=sites)
+        print(
+            "\nEach model (row) on each site's test data (column); a site's model is its local one of its last round:"
+        )
+        print_metrics({name: models[name] for name in (FINAL_MODEL, BEST_MODEL, *sites) if name in models}, sites)
 
     print("\nGlobal models:")
-    for file in summary["paths"]["models"]:
+    for file in report["paths"]["models"]:
         print(f"  {file}")
-    if summary["diverged"]:
-        print("WARNING: the final model's weights are not finite numbers: training diverged. Try a smaller --lr.")
-    if best := summary["best_model"]:
-        print(f"The best is {best['name']}: {name} {show(best[name])} on average over the sites.")
+    name = report["key_metric"]["name"]
+    if best := report["best_model"]:
+        model = f"{best['name']}, after round {best['round']}"
+        print(f"The best is {model}: {name} {show(best[name])} on average over the sites.")
+        if best["without"]:
+            print(f"{' and '.join(best['without'])} reported no {name} of it that is a finite number.")
     elif settings["evaluates"]:
-        print(f"WARNING: not all sites reported {name} as a finite number, and so no model is called the best.")
-    print(f"\nTensorBoard:\n  {summary['tensorboard_command']}")
+        print(f"WARNING: no site reported {name} as a finite number, and so no model is called the best.")
+    print(f"\nTensorBoard:\n  {report['tensorboard_command']}")
+    print()
+    command, first_round = settings["command"], settings["first_round"]
     if not settings["evaluates"]:
-        print("\nHow good is the model?\n  python job.py --train_script client_with_eval.py")
+        if settings["initial_ckpt"]:  # which may have another path by now
+            command = start_from(command, os.path.normpath(HERE / settings["initial_ckpt"]), first_round)
+        print(f"How good is the model?\n  {command} --train_script client_with_eval.py")
+    next_command = start_from(command, report["paths"]["models"][0], first_round + report["completed"])
+    print(f"To go on:\n  {next_command}")
+
+
+def start_from(command: str, checkpoint: str, first_round: int) -> str:
+    """Return a command that starts from a checkpoint, whatever it started from before."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--initial_ckpt")
+    parser.add_argument("--first_round")
+    _, words = parser.parse_known_args(shlex.split(command))
+    return f"{shlex.join(words)} --initial_ckpt {shlex.quote(checkpoint)} --first_round {first_round}"
+
+
+def print_metrics(rows: dict[str, dict], sites: list[str], most_rows: int | None = None) -> None:
+    """Print a table for each metric: {name of the row: {site: {metric: value}}}."""
+    for metric in dict.fromkeys(name for row in rows.values() for metrics in row.values() for name in metrics):
+        table = {name: {site: row[site][metric] for site in row if metric in row[site]} for name, row in rows.items()}
+        print_table(metric, {name: cells for name, cells in table.items() if cells}, sites, most_rows)
 
 
 def count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def describe(data: dict) -> str:
+def in_words(data: dict) -> str:
     """Return what the sites trained and tested on, in words."""
     if not data["sites"]:
         return f"{data['name']}, each site's own"
@@ -112,48 +178,3 @@ def describe(data: dict) -> str:
         least, most = (limit(site[part] for site in data["sites"].values()) for limit in (min, max))
         sizes.append(str(most) if least == most else f"{least} to {most}")
     return f"{data['name']}, {sizes[0]} training samples a site, {sizes[1]} test samples"
-
-
-def table(rows: dict[str, dict], sites: list[str], metric: str) -> dict[str, dict]:
-    """Return a metric of each row and site; rows and sites without it are left out."""
-    found = {}
-    for name, row in rows.items():
-        if values := {site: row[site][metric] for site in sites if metric in row.get(site, {})}:
-            found[name] = values
-    return found
-
-
-def mark_best(rows: dict[str, dict], best_of: Callable) -> dict[str, dict]:
-    """Return numbers as text, with a star at the best of each column, for which best_of is max or min."""
-    best = {}
-    for row in rows.values():
-        for site, value in row.items():
-            if math.isfinite(value):
-                best[site] = best_of(best.get(site, value), value)
-    return {
-        name: {site: show(value) + ("*" if value == best.get(site) else " ") for site, value in row.items()}
-        for name, row in rows.items()
-    }
-
-
-def show(cell: float | str) -> str:
-    return f"{cell:#.4g}" if isinstance(cell, float) else str(cell)
-
-
-def print_table(title: str, rows: dict[str, dict], order: list[str] = ()) -> None:
-    """Print numbers or texts in rows and columns, twelve columns side by side.
-
-    Args:
-        order: of the columns; if it says nothing of them, that of the rows.
-    """
-    texts = {name: {column: show(cell) for column, cell in row.items()} for name, row in rows.items()}
-    columns = list(dict.fromkeys(column for row in texts.values() for column in row))
-    columns.sort(key=[*order, *columns].index)
-    widths = {name: max([len(name), *(len(row.get(name, "-")) for row in texts.values())]) + 2 for name in columns}
-    indent = max([14, *(len(name) + 2 for name in (title, *texts))])
-    for first in range(0, len(columns), COLUMNS):
-        block = columns[first : first + COLUMNS]
-        print(f"  {title:<{indent}}" + "".join(f"{column:>{widths[column]}}" for column in block))
-        for name, row in texts.items():
-            cells = "".join(f"{row.get(column, '-'):>{widths[column]}}" for column in block)
-            print(f"    {name:<{indent - 2}}{cells}")

@@ -1,0 +1,121 @@
+"""Is a single flag right? Types for argparse, each of which returns the finished value."""
+
+import argparse
+import ast
+import os
+import re
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model import create_model
+from support.text import HERE, describe, one_line
+
+ENTRIES = ["state_dict", "model_state_dict"]  # in which tutorials put the weights
+RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # modules, and no script's name
+
+
+def within(kind: Callable, low: float, high: float) -> Callable:
+    """Return an argparse type: a number from low to high, both included."""
+
+    def number(text: str):
+        if not low <= kind(text) <= high:  # so that nan fails, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def site_name(text: str) -> str:
+    """Check a site's name, which is the name of a folder and of a host, too."""
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text) or text == "server":
+        raise argparse.ArgumentTypeError(f"{text!r} is no site's name: use small letters, digits and -")
+    return text
+
+
+def gpus(text: str) -> str:
+    """Check a list of GPUs for SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two."""
+    group = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"
+    if not re.fullmatch(f"{group}(,{group})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of GPUs: write 0 or 0,1 or [0,1]")
+    return text
+
+
+def client_script(text: str) -> Path:
+    """Find a client script as given, or beside job.py, and see that it can be sent to the sites."""
+    found = [path for path in (Path(text), HERE / text) if path.suffix == ".py" and os.path.isfile(path)]
+    if not found:
+        raise argparse.ArgumentTypeError(f"there is no Python file {text!r}")
+    script = found[0].resolve()
+    try:
+        ast.parse(script.read_bytes(), script.name)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid Python: {error}") from error
+    loaded = getattr(sys.modules.get(script.stem), "__file__", None)
+    if script.stem in RESERVED or loaded not in (None, str(script)):
+        raise argparse.ArgumentTypeError(f"{text!r} has the name of a module that the job needs: rename the script")
+    model = script.with_name("model.py")
+    if model.exists() and not model.samefile(HERE / "model.py"):  # a job holds one module of a name
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has another model.py beside it: move it, or run that folder's job.py"
+        )
+    return script
+
+
+def evaluates(script: Path) -> bool:
+    """Tell whether a client script answers the server's validate tasks: whether it calls is_evaluate."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.Call)]
+    return any(call.split(".")[-1] == "is_evaluate" for call in calls)
+
+
+def checkpoint(text: str) -> Path:
+    """Check that a file holds weights of the model; no code in it is run."""
+    file = Path(os.path.realpath(text))
+    if not os.path.isfile(file) or file.suffix == ".py":  # the job holds it under its name, beside the scripts
+        raise argparse.ArgumentTypeError(f"there is no checkpoint file {text!r}")
+    try:
+        model = create_model()
+    except (Exception, SystemExit) as error:
+        raise argparse.ArgumentTypeError(f"create_model failed with {describe(error)}") from error
+    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # a mask may hold infinity
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights = weights.get("model", weights)  # where NVFlare puts them
+        if any(getattr(tensor, "requires_grad", False) for tensor in weights.values()):
+            raise TypeError("NVFlare can't load parameters")  # but the tensors of a state_dict
+    except Exception as error:  # whatever a file may raise that isn't a checkpoint
+        kind = "holds something else than weights" if zipfile.is_zipfile(file) else "is no file of torch.save's"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} {kind}: write one with torch.save(model.state_dict(), FILE)"
+        ) from error
+    for entry in ENTRIES:
+        if entry in weights:
+            advice = f"write them alone, with torch.save(torch.load({text!r})[{entry!r}], FILE)"
+            raise argparse.ArgumentTypeError(f"{text!r} has its weights in an entry: {advice}")
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:
+        name = type(model).__name__
+        raise argparse.ArgumentTypeError(f"{text!r} holds no weights of {name}: {one_line(str(error))}") from error
+    if any((finite[name] & ~tensor.isfinite()).any() for name, tensor in model.state_dict().items()):
+        raise argparse.ArgumentTypeError(f"{text!r} holds weights that are not finite")
+    return file
+
+
+def folder(text: str) -> Path:
+    """Return the path of a folder that can be written to, or that can be made."""
+    try:
+        path = Path(text).expanduser().resolve()
+        # Python 3.13 resolves a link to itself to that link, and doesn't raise.
+        existing = next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
+        if text:
+            tempfile.TemporaryFile(dir=existing).close()  # root may do everything, but not in /proc
+            return path
+    except (OSError, RuntimeError, ValueError):  # among them: a name too long, a link to itself, a user unknown
+        pass
+    raise argparse.ArgumentTypeError(f"can't write to {text!r}: choose another folder")

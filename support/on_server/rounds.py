@@ -1,0 +1,164 @@
+"""How does a job get on? The server says it: rounds, reports, sites that are slow or lost. The seed draws sites."""
+
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+from nvflare.apis.dxo import MetaKey, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey, ReservedTopic, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
+from nvflare.widgets.info_collector import InfoCollector
+
+from support.on_site.last_word import TOPIC
+
+ASK_EVERY = 5  # seconds, which is also how long an answer may take
+SILENT_AFTER = 25  # seconds
+NEVER_THERE_AFTER = 120  # seconds, for a site that has not answered yet
+REFUSED = "hello_pt_refused"  # in a context: why whole_models.py refuses the result
+
+
+def printable(text: str) -> str:
+    """Return what a site says in one line that isn't long: it may say anything."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:300]).split())
+
+
+class Rounds(FLComponent):
+    """Say in the server's log how the rounds get on, and keep in lost_sites.json which sites were lost, and why.
+
+    It reports a site to NVFlare as dead if its script could not start, or if its process for this job no longer
+    answers. Alone, NVFlare 2.9.0 waits 600 s for a silent client, and forever for a script that ended before
+    flare.init() or for a client that was started again, whose heartbeats go on without the job.
+
+    Args:
+        min_sites: how many of the sites must be left for the job to go on.
+        spare: whether the job can go on without some site.
+        patience: seconds without a task or a result, after which the sites that are at work are named. They are named
+            again each time that the wait has doubled.
+    """
+
+    def __init__(self, last_round: int, min_sites: int, spare: bool, seed: int, patience: float):
+        super().__init__()
+        self.last_round, self.min_sites, self.spare, self.seed = last_round, min_sites, spare, seed
+        self.patience = patience
+        self.place = "the start"
+        self.said = []
+        self.lost = {}  # {site: [[what happened, in which round, why], ...]}
+        self.at_work = {}  # {site: (what on, since when)}
+        self.could_not_start = set()
+        self.last_answer = {}
+        self.start = time.monotonic()
+        self.over = threading.Event()
+        self.hear_news()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        peer = fl_ctx.get_peer_context()
+        site = peer.get_identity_name() if peer else None
+        if event_type == EventType.START_RUN:
+            # The number of sites that the job waited for to begin.
+            fl_ctx.get_prop(FLContextKey.JOB_META)[JobMetaKey.MIN_CLIENTS.value] = self.min_sites
+            fl_ctx.get_engine().register_aux_message_handler(TOPIC, self.hear_last_word)
+            threading.Thread(target=self.watch, args=(fl_ctx.get_engine(),), daemon=True).start()
+        elif event_type == EventType.END_RUN:
+            self.over.set()
+        elif event_type == AppEventType.ROUND_STARTED:
+            current_round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+            random.seed(f"{self.seed} {current_round}")  # from which FedAvg draws next
+            self.place = f"round {current_round + 1}/{self.last_round}"
+            self.say(f"{self.place}  begins")
+        elif event_type == EventType.AFTER_TASK_DATA_FILTER:
+            task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
+            if task != AppConstants.TASK_TRAIN:
+                self.place = f"the task {task}"
+            self.at_work[site] = (self.place, time.monotonic())
+            self.hear_news()
+        elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
+            self.at_work.pop(site, None)
+            self.hear_news()
+            code = fl_ctx.get_prop(FLContextKey.TASK_RESULT).get_return_code()
+            reason = fl_ctx.get_prop(REFUSED)
+            if reason is not None or code not in (ReturnCode.OK, ReturnCode.TASK_ABORTED):
+                self.lose(site, fl_ctx, "was left out", reason or "")
+        elif event_type == AppEventType.AFTER_CONTRIBUTION_ACCEPT:
+            if fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED):
+                self.report(site, fl_ctx)
+        elif event_type == AppEventType.AFTER_AGGREGATION:
+            models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
+            if self.spare or not self.lost:  # else the mean isn't kept
+                self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
+        elif event_type == EventType.CLIENT_DISCONNECTED:
+            site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
+            self.lose(site, fl_ctx, "could not start" if site in self.could_not_start else "was lost", "")
+        elif event_type == EventType.CLIENT_RECONNECTED:
+            self.lose(fl_ctx.get_prop(FLContextKey.RECONNECTED_CLIENT_NAME), fl_ctx, "came back", "")
+        elif event_type == InfoCollector.EVENT_TYPE_GET_STATS:  # asked for by whoever may view the job
+            fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR).add_info("rounds", {"said": self.said[-1000:]})
+
+    def say(self, text: str) -> None:
+        self.logger.info(text)
+        self.said.append(text)
+
+    def report(self, site: str, fl_ctx: FLContext) -> None:
+        """Say what a site reports of a round."""
+        if site in self.lost:
+            self.lose(site, fl_ctx, "came back", "")
+        metrics = from_shareable(fl_ctx.get_prop(AppConstants.TRAINING_RESULT)).meta.get(MetaKey.INITIAL_METRICS) or {}
+        texts = (
+            f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+        )
+        self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
+
+    def lose(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
+        """Keep what happened to a site, unless it is the same as before; say it if the job can go on without it."""
+        self.at_work.pop(site, None)
+        events = self.lost.setdefault(site, [])
+        if events and events[-1][0] == what:
+            return
+        events.append([what, self.place, why])
+        if self.spare:
+            self.say(f"{site}  {self.place}  {what}")
+        run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
+        Path(run_folder, "lost_sites.json").write_text(json.dumps(self.lost))
+
+    def hear_news(self) -> None:
+        self.last_news, self.silence = time.monotonic(), self.patience
+
+    def hear_last_word(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        self.could_not_start.add(fl_ctx.get_peer_context().get_identity_name())
+        return make_reply(ReturnCode.OK)
+
+    def watch(self, engine) -> None:
+        while not self.over.wait(ASK_EVERY):
+            self.name_slow_sites()
+            with engine.new_context() as fl_ctx:
+                for site in self.could_not_start | self.silent_sites(engine, fl_ctx):
+                    # Each time, since the next workflow has to hear of it, too.
+                    fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
+
+    def name_slow_sites(self) -> None:
+        if time.monotonic() - self.last_news > self.silence:
+            self.silence *= 2
+            for site, (work, since) in sorted(self.at_work.copy().items()):
+                self.say(f"still waiting for {site}: at work on {work} for {time.monotonic() - since:.0f} s")
+
+    def silent_sites(self, engine, fl_ctx: FLContext) -> set[str]:
+        """Ask all sites whether they are there, and return those that have not answered for some time."""
+        if fl_ctx.get_job_id() == SimulatorConstants.JOB_NAME:
+            return set()  # NVFlare's simulator may end a site's process between its tasks
+        sites = [client.name for client in engine.get_clients()]
+        topic = ReservedTopic.JOB_HEART_BEAT
+        replies = engine.send_aux_request(sites, topic, Shareable(), ASK_EVERY, fl_ctx, optional=True) or {}
+        now = time.monotonic()
+        self.last_answer |= {site: now for site in replies if replies[site].get_return_code() == ReturnCode.OK}
+        silent = {site for site in self.last_answer if now - self.last_answer[site] > SILENT_AFTER}
+        if now - self.start > NEVER_THERE_AFTER:
+            silent |= set(sites) - self.last_answer.keys()
+        return silent

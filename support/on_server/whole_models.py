@@ -1,0 +1,154 @@
+"""Which models count? The server refuses what would spoil the mean, adds up in float64, and keeps the tensors' types.
+
+Of a tensor that a site leaves out, NVFlare 2.9.0's FedAvg takes the mean of the others' or keeps the old values. A step
+count that is not a positive number counts as 1. A mean of the few that answered replaces that of all.
+"""
+
+import torch
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey
+from nvflare.app_common.abstract.persistor_filter import PersistorFilter
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+
+from support.on_server.rounds import REFUSED, printable
+
+
+class WholeLocalModels(Filter):
+    """Refuse a local model that would spoil the global one, and hand on what is good in float64.
+
+    NVFlare 2.9.0 adds local models up in the order of arrival and in their own type. With three sites, two equal runs
+    would differ in the last bits, and float16 would overflow. In float64 the order makes no difference that float32 can
+    hold. The mean gets the types of the global model again.
+
+    Args:
+        spare: whether the round can do without a site. If not, NVFlare logs the reason and ends the job.
+    """
+
+    def __init__(self, spare: bool):
+        super().__init__()
+        self.spare = spare
+        self.whole_numbers = {}  # {name: (the first site's, a mask of where all agree)}
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        site = fl_ctx.get_peer_context().get_identity_name()
+        try:
+            if shareable.get_return_code() != ReturnCode.OK:
+                if not self.spare:
+                    return shareable
+                raise ValueError(f"its client says {shareable.get_return_code()}")
+            model = from_shareable(shareable)
+            wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
+            check_weights(model.data if model.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF) else {}, wanted)
+            check_steps(model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND))
+        except ValueError as error:
+            reason = printable(str(error))
+            failed = shareable.get_return_code() != ReturnCode.OK  # then the site's own log says why
+            fl_ctx.set_prop(REFUSED, "" if failed else reason, private=True, sticky=False)
+            if not self.spare:
+                raise ValueError(reason) from None
+            self.logger.warning(f"{site}  refused: {reason}")
+            return DXO(DataKind.WEIGHTS, data={}).to_shareable()  # which FedAvg passes over
+        self.compare_whole_numbers(model.data, wanted)
+        model.data = {name: in_float64(value) for name, value in model.data.items()}
+        model.update_shareable(shareable)
+        shareable.set_header(MetaKey.SITE_NAME, site)  # NVFlare 2.9.0 believes the name that a script puts into meta
+        return shareable
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == AppEventType.ROUND_STARTED:
+            self.whole_numbers = {}
+        elif event_type == AppEventType.AFTER_AGGREGATION:
+            means = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).params
+            weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
+            for name in means:
+                means[name] = self.in_type_of(weights[name], means[name], name)
+
+    def compare_whole_numbers(self, weights: dict, wanted: dict) -> None:
+        """Keep the integers and booleans on which all sites agree, since float64 is exact up to 2**53 alone."""
+        for name, value in wanted.items():
+            if not torch.as_tensor(value).is_floating_point():
+                local = torch.as_tensor(weights[name])
+                first, same = self.whole_numbers.get(name, (local, torch.ones_like(local, dtype=torch.bool)))
+                self.whole_numbers[name] = first, same & (first == local)
+
+    def in_type_of(self, wanted, mean, name: str):
+        """Return a mean in the type of a tensor or array: integers rounded, or as they were where all sites agree."""
+        tensor, dtype = torch.as_tensor(mean), torch.as_tensor(wanted).dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            tensor = tensor.to(dtype)
+        else:
+            first, same = self.whole_numbers[name]
+            first = first.round() if first.is_floating_point() else first
+            tensor = torch.where(same, first.to(dtype), tensor.round().to(dtype))
+        return tensor if isinstance(wanted, torch.Tensor) else tensor.numpy()
+
+
+class WholeSubmittedModels(Filter):
+    """Refuse a submitted local model that the other sites couldn't load. Of a site that was never drawn it is empty."""
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        if shareable.get_return_code() == ReturnCode.OK:
+            if not (weights := from_shareable(shareable).data):
+                return make_reply(ReturnCode.TASK_ABORTED)
+            try:
+                check_weights(weights, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
+            except ValueError as error:
+                fl_ctx.set_prop(REFUSED, printable(str(error)), private=True, sticky=False)
+                raise ValueError(printable(str(error))) from None
+        return shareable
+
+
+class WholeGlobalModels(PersistorFilter):
+    """Refuse to save a global model of too few sites: the file keeps that of the round before, and the job ends."""
+
+    def __init__(self, min_sites: int):
+        super().__init__()
+        self.min_sites = min_sites
+
+    def process_pre_save(self, learnable: ModelLearnable, fl_ctx: FLContext) -> ModelLearnable:
+        meta = learnable[ModelLearnableKey.META]
+        if meta["nr_aggregated"] < self.min_sites:
+            what = f"of {meta['nr_aggregated']} of {self.min_sites} sites, and was not saved"
+            raise ValueError(f"the global model of round {meta['current_round'] + 1} is {what}")
+        return learnable
+
+
+def check_weights(weights: dict, wanted: dict) -> None:
+    """Raise ValueError if a local model, or its difference to the global one, lacks what the global one has."""
+    if missing := [name for name in wanted if name not in weights]:
+        for wrapper in ("module.", "_orig_mod."):
+            if weights and all(str(name).startswith(wrapper) for name in weights):
+                raise ValueError(f"its tensors' names begin with {wrapper!r}: send model.{wrapper}state_dict()")
+        raise ValueError(f"its local model lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}")
+    if unknown := [name for name in weights if name not in wanted]:
+        raise ValueError(f"its local model has {unknown[0]}, which the global model doesn't have")
+    for name, value in wanted.items():
+        value = torch.as_tensor(value)
+        try:
+            local = torch.as_tensor(weights[name])
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"its local model's {name} is no tensor") from None
+        if local.shape != value.shape:
+            raise ValueError(f"its local model's {name} has the shape {tuple(local.shape)}, not {tuple(value.shape)}")
+        finite = local.isfinite() & local.to(value.dtype).isfinite()  # 1e300 isn't, as float32
+        if not (finite | ~value.isfinite()).all():  # a mask may hold infinity
+            raise ValueError(f"its local model's {name} isn't finite: training diverged, try a smaller --lr")
+
+
+def check_steps(steps: object) -> None:
+    """Raise ValueError if FedAvg's weight of a site isn't a positive number. Without one, a site counts as one step."""
+    number = isinstance(steps, (int, float)) and not isinstance(steps, bool)
+    if steps is not None and not (number and 0 < steps < float("inf")):
+        raise ValueError(f"its NUM_STEPS_CURRENT_ROUND is {steps!r}, which is no positive number")
+
+
+def in_float64(value):
+    """Return a tensor or an array in float64, or in complex128."""
+    tensor = torch.as_tensor(value)
+    wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return wide if isinstance(value, torch.Tensor) else wide.numpy()

@@ -1,0 +1,30 @@
+"""What does a site tell the server when its script could not start?"""
+
+from pathlib import Path
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+
+TOPIC = "hello_pt.last_word"
+
+
+class LastWord(FLComponent):
+    """Tell the server that this site can't take part, and leave it to the server whether the job goes on.
+
+    NVFlare 2.9.0 stops a site's process for a job if the script ends before flare.init(), and doesn't tell the server.
+
+    It ends a job when a client reports that its process for the job failed, and doesn't say at which site. The client
+    reports what the exit-code file says, so we write 0 there, and the server (rounds.py) decides what the job can do
+    without.
+    """
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        engine = fl_ctx.get_engine()
+        if event_type == EventType.START_RUN:
+            run_folder = engine.get_workspace().get_run_dir(fl_ctx.get_job_id())
+            Path(run_folder, FLMetaKey.PROCESS_RC_FILE).write_text("0")
+        elif event_type == EventType.FATAL_SYSTEM_ERROR:
+            engine.send_aux_request(["server"], TOPIC, Shareable(), timeout=10, fl_ctx=fl_ctx)

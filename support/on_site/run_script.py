@@ -1,0 +1,96 @@
+"""Run a client script, and say in the last line that it prints how it ended: python run_script.py SCRIPT [FLAG ...]"""
+
+import collections
+import contextlib
+import os
+import re
+import runpy
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import nvflare.client as flare
+
+ENDED = "The client script has ended: "
+MOST_RECEIVED = 10  # times that a script may receive one task
+
+
+def main() -> None:
+    del sys.argv[0]
+    script, status, end = sys.argv[0], 0, ""
+    sys.path[0] = str(Path(script).resolve().parent)  # where the script's own modules are
+    watch_calls()
+    try:
+        with open(os.devnull) as sys.stdin:  # nobody answers a script that asks
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException as error:
+        lines = error.__traceback__
+        while lines and lines.tb_frame.f_code.co_filename != script:
+            lines = lines.tb_next  # from here to the script's own first line
+        error.__traceback__ = lines or error.__traceback__
+        traceback.print_exception(error)
+        status, end = 1, in_one_line(error)
+    sys.stdout = sys.__stdout__  # a script may have put a file there
+    print(f"\n{ENDED}{end or f'status {status}'}")  # a line of its own; NVFlare doesn't log the empty one
+    with contextlib.suppress(Exception):
+        flare.shutdown()  # which the script may have left out: NVFlare's threads would keep the process alive
+    threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if status and not all(thread.daemon for thread in threads):
+        os._exit(status)  # a thread of the script's would keep the failed process alive
+    sys.exit(status)
+
+
+def watch_calls() -> None:
+    """Let flare.send take what else it couldn't, and end a script that doesn't answer a task.
+
+    NVFlare hands a task over again, until it is answered.
+    """
+    receive, send = flare.receive, flare.send
+    received = collections.Counter()  # since the latest answer
+
+    def receive_some_times(*args, **kwargs):
+        task = receive(*args, **kwargs)
+        received[id(task)] += 1
+        if received[id(task)] > MOST_RECEIVED:
+            sys.exit(f"it received a task {MOST_RECEIVED} times without an answer: is flare.send missing?")
+        return task
+
+    def send_plain(model, *args, **kwargs):
+        received.clear()
+        send(in_plain_types(model), *args, **kwargs)
+
+    flare.receive, flare.send = receive_some_times, send_plain
+
+
+def in_plain_types(model: flare.FLModel) -> flare.FLModel:
+    """Make tensors of weights that are arrays or lists, and numbers of metrics and steps that are tensors or NumPy's.
+
+    NVFlare 2.9.0 drops the first, and fails to send or to save the others.
+    """
+    if isinstance(model.params, dict):
+        import torch  # here: NVFlare 2.9.0's simulator, which imports this module, fails if torch comes so early
+
+        model.params = {name: torch.as_tensor(value) for name, value in model.params.items()}
+    for numbers in (model.metrics or {}, model.meta or {}):
+        for name, value in numbers.items():
+            if hasattr(value, "item"):
+                numbers[name] = value.item()
+    return model
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an exception's type and message with the last place that isn't a library's."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    places = traceback.extract_tb(error.__traceback__)
+    own = [place for place in places if not re.search(r"/lib/python3|/site-packages/|/on_site/|^<", place.filename)]
+    return message + (f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What does a recipe need beside NVFlare's defaults? The modules to send along, and the guards on server and sites."""
+
+import argparse
+import sys
+
+import torch
+from nvflare.app_common.logging.job_log_receiver import JobLogReceiver
+from nvflare.recipe.spec import Recipe
+
+from model import create_model
+from support.on_server.rounds import Rounds
+from support.on_server.whole_models import WholeGlobalModels, WholeLocalModels, WholeSubmittedModels
+from support.on_site.last_word import LastWord
+from support.text import HERE, describe
+
+SILENCE = 900  # seconds without a heartbeat of a client script, after which it is given up
+PATIENCE = 120  # seconds without a task or a result, after which the server names the sites that are at work
+
+
+def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Send the script's modules along, and let the server report rounds, refuse bad models and do without lost sites.
+
+    A round may lack n_clients - min_sites of the sites that it draws.
+    """
+    check_model(create_model(args.seed).state_dict())  # which the server will call
+    send_along(recipe, args)
+    spare = args.n_clients - args.min_sites
+    job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
+    job.job.min_clients = args.n_clients  # to begin; the recipe's min_clients is also how many a round draws
+    server_app = job._deploy_map["server"].app_config
+    server_app.workflows[0].controller.start_round = args.first_round - 1  # FedAvg's
+    last_round = args.first_round - 1 + args.num_rounds
+    job.to_server(Rounds(last_round, args.min_sites, spare > 0, args.seed, PATIENCE))
+    job.to_server(WholeGlobalModels(args.clients_per_round - spare), id="whole_global_models")
+    server_app.components["persistor"].filter_id = "whole_global_models"
+    job.to_clients(LastWord())
+    recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
+    recipe.add_server_input_filter(WholeSubmittedModels(), tasks=["submit_model"])
+    # A site that is reported as dead is dead at once. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
+    # start of each later round.
+    recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
+    executor = job._deploy_map["@ALL"].app_config.executors[0].executor  # of all sites
+    # NVFlare 2.9.0 ends a job whose script is silent for 30 s, as in a long C call. No recipe can change that.
+    executor._heartbeat_timeout = SILENCE
+    python = sys.executable if args.env in ("sim", "poc") and not args.export else "python3"
+    # In place of NVFlare's own `python3 -u`, in front of the script's path and flags.
+    executor._command[:2] = [python, "-u", "custom/support/on_site/run_script.py"]
+    if args.env == "poc" or args.enable_log_streaming:
+        recipe.enable_log_streaming()  # of log.json, from where job.py reads what scripts print
+        # In place of the receiver that this adds: NVFlare 2.9.0 looks for live logs where the job's server works.
+        job.to_server(JobLogReceiver(dest_dir="."))
+    if args.env == "sim" and not args.export:
+        # Sites ask for work each 0.2 s, not each 2 s.
+        recipe.add_server_config({"server": {"task_request_interval": 0.2}})
+
+
+def check_model(weights: dict) -> None:
+    """See that a network's state_dict holds what can be sent and averaged; raise OSError if it doesn't."""
+    for name, value in weights.items():
+        try:
+            (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)  # as NVFlare sends it
+        except Exception as error:  # of a sparse, lazy, meta or float8 tensor, or of something else than a tensor
+            raise OSError(f"{name} in the state_dict of create_model can't be sent: {describe(error)}") from error
+    if "model" in weights:
+        raise OSError("NVFlare can't save a network with a parameter or buffer called model: rename it in model.py")
+
+
+def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Send the modules and packages that a client script needs: those beside it, or else those from here."""
+    # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to its path below an entry of sys.path.
+    sys.path.append(str(args.train_script.parent))
+    recipe.add_client_file(str(HERE / "support" / "on_site" / "run_script.py"))
+    for module in ("data.py", "cifar10.py", "model.py"):
+        if not (args.train_script.parent / module).exists():
+            recipe.add_client_file(str(HERE / module))
+    # NVFlare 2.9.0 follows imports of modules, but not of packages.
+    beside = [*HERE.glob("*/__init__.py"), *args.train_script.parent.glob("*/__init__.py")]
+    for name, folder in {file.parent.name: str(file.parent) for file in beside}.items():
+        if name != "support":  # of which NVFlare sends what a job needs
+            recipe._job.add_file_to_clients(folder, dest_dir=name)

@@ -1,0 +1,89 @@
+"""NVFlare's simulator, with its share of the cores, and with an end when a site's process dies."""
+
+import argparse
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import nvflare.recipe
+import torch
+from nvflare.fuel.utils.log_utils import default_log_dict
+from nvflare.job_config.api import FedJob
+
+from support.failure import killed_site, read_lost_sites
+from support.process import kill, processes_of, share_cores
+from support.text import JobFailed
+
+PATIENCE = 5  # seconds that a run which has failed gets to end by itself
+
+
+class SimEnv(nvflare.recipe.SimEnv):
+    """NVFlare's simulator in the folder of a run, whose parent is the workspace and whose name is the job's."""
+
+    def __init__(self, args: argparse.Namespace):
+        os.environ.pop("NVFLARE_SIMULATOR_WORKSPACE_ROOT", None)  # would override --workspace
+        super().__init__(
+            clients=args.sites,
+            num_threads=args.num_threads,
+            gpu_config=args.gpu,
+            workspace_root=str(args.workspace),
+        )
+        self.run_folder = args.run_folder
+
+    def deploy(self, job: FedJob) -> str:
+        share_cores(self.num_threads)
+        self.log_config = str(write_log_config())
+        if self.gpu_config and not torch.cuda.is_available():
+            print("WARNING: PyTorch finds no GPU here, so --gpu changes nothing.")
+        print(f"NVFlare's logs: {self.run_folder}/*/log.txt", flush=True)
+        over = threading.Event()
+        threading.Thread(target=self.watch, args=(over,), daemon=True).start()
+        try:
+            with silent_errors():
+                return super().deploy(job)
+        except RuntimeError as error:
+            raise JobFailed(error) from error
+        finally:
+            over.set()
+
+    def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
+        if read_lost_sites(self.run_folder):  # NVFlare 2.9.0's simulator may end well all the same
+            raise JobFailed("a site was lost")
+        return str(self.run_folder / "server" / "simulate_job")
+
+    def watch(self, over: threading.Event) -> None:
+        """End a run if a site's process died, or some seconds after it failed.
+
+        NVFlare 2.9.0 waits forever for a site whose process died. When a run fails, it waits a minute
+        (shutdown_timeout) for scripts that are still training.
+        """
+        seconds_failed = 0
+        while not over.wait(1):
+            if read_lost_sites(self.run_folder):
+                seconds_failed += 1
+            if killed_site(self.run_folder) or seconds_failed > PATIENCE:
+                kill(processes_of(self.run_folder))
+
+
+@contextlib.contextmanager
+def silent_errors() -> Iterator[None]:
+    """Let processes that are started in here write their standard error nowhere: NVFlare's logs have what matters."""
+    null, errors = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        os.close(null)
+
+
+def write_log_config() -> Path:
+    """Write the logging configuration of NVFlare's processes: their files keep everything, the screen shows less."""
+    handlers = {**default_log_dict["handlers"], "consoleHandler": {"class": "support.console.Console"}}
+    file = Path(os.environ["TMPDIR"], "log_config.json")
+    file.write_text(json.dumps({**default_log_dict, "handlers": handlers}))
+    return file

@@ -1,0 +1,28 @@
+"""Texts in one line, and names that several modules share."""
+
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+from support.on_site.run_script import in_one_line
+
+HERE = Path(__file__).resolve().parent.parent
+JOB_NAME = "hello-pt"
+CONTROLS = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0a-\x1a\x1c-\x1f\x7f-\x9f]")  # all but tabs and colours
+
+
+class JobFailed(Exception):
+    """A job ended without the results that it was for."""
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return a text without line ends and terminal codes, cut to a length."""
+    text = " ".join(CONTROLS.sub(" ", re.sub(r"\x1b\[[0-9;]*m", "", text)).split())
+    return text if len(text) <= most else text[:most] + " ..."
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception of this process in one line. An OSError of our own is its text alone."""
+    ours = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, URLError))
+    text = str(error) if ours and error.errno is None else ""
+    return one_line(text or in_one_line(error), most=1_000)
