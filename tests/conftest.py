@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,25 +129,36 @@ class Run:
     def results(self) -> Path:
         return next(self.folder.glob("server/**/app_server")).parent
 
+    def report(self) -> dict:
+        """Return what the run wrote to summary.json."""
+        return json.loads((self.folder / "summary.json").read_text())
+
     def weights(self) -> dict[str, torch.Tensor]:
         return torch.load(self.results / "app_server" / "FL_global_model.pt", weights_only=True)["model"]
 
 
 def start_job(
-    workspace: Path, *flags: str, repo: Path = REPO, before: str = "", output: int = subprocess.PIPE, **env: str
+    workspace: Path,
+    *flags: str,
+    repo: Path = REPO,
+    before: str = "",
+    output: int = subprocess.PIPE,
+    host: Sequence[str] = (),
+    **env: str,
 ) -> subprocess.Popen:
     """Start job.py in another working directory, on its own workspace and, by default, synthetic images.
 
     Args:
         before: Python statements for the process to begin with.
         output: where standard output and standard error go; by default, each into a pipe of its own.
+        host: what to put in front of the command to run it on another host.
     """
     dataset = ["--dataset", "synthetic"] if "--dataset" in (repo / "data.py").read_text() else []
     command = [sys.executable, str(repo / "job.py")]
     if before:
         command[1:] = ["-c", f"import sys; sys.path[0] = {str(repo)!r}; {before}; import job; job.main()"]
     return subprocess.Popen(
-        [*command, *dataset, "--workspace", str(workspace), *flags],
+        [*host, *command, *dataset, "--workspace", str(workspace), *flags],
         cwd=workspace.parent,
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | env,
         stdout=output,
@@ -158,7 +170,7 @@ def start_job(
 
 
 def finish(process: subprocess.Popen, workspace: Path) -> Run:
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     return Run(process.returncode, output, errors, workspace / "hello-pt")
 
 
@@ -166,12 +178,19 @@ def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
     return finish(start_job(workspace, *flags, repo=repo, **env), workspace)
 
 
-def wait_until(condition, process, seconds=240):
-    """Wait until a condition of a running job.py holds, and return its value."""
+def succeed(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
+    """Run job.py, which must succeed and have nothing to say on standard error."""
+    run = run_job(workspace, *flags, repo=repo, **env)
+    assert (run.status, run.errors) == (0, "")
+    return run
+
+
+def wait_until(condition, process=None, seconds=600, what="what was waited for"):
+    """Wait until a condition, perhaps of a process that must be running, holds, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{what} did not happen"
         time.sleep(0.1)
     return value
 
@@ -214,7 +233,7 @@ def data_flags(**flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_data_flags(parser)
     args = parser.parse_args(["--dataset=synthetic"])
-    run = {"seed": 0, "n_clients": 2, "sites": ["site-1", "site-2"], "env": "sim", "export": False}
+    run = {"seed": 0, "sites": ["site-1", "site-2"], "env": "sim", "export": False}
     return argparse.Namespace(**{**vars(args), **run, **flags})
 
 
@@ -224,8 +243,25 @@ def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
 
 def changed_client(folder: Path, script: str, line: str, new: str) -> Path:
     """Write a copy of a client script with something new in front of a line; return its path."""
-    source = (REPO / script).read_text()
-    assert source.count(line) == 1
-    changed = folder / "changed_client.py"
-    changed.write_text(source.replace(line, f"{new}\n{line}"))
+    changed = Path(shutil.copyfile(REPO / script, folder / "changed_client.py"))
+    replace(changed, line, f"{new}\n{line}")
     return changed
+
+
+def insert(file: Path, line: str, new: str) -> None:
+    """Put something new behind a line of a file."""
+    replace(file, line, line + new)
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    """Replace a text that a file has once."""
+    source = file.read_text()
+    assert source.count(old) == 1
+    file.write_text(source.replace(old, new))
+
+
+def wait_for(file: Path, indent: int) -> str:
+    """Return statements, the first without the indentation of the others, that wait until there is a file."""
+    lines = ["import os, time", "deadline = time.monotonic() + 900"]
+    lines += [f"while not os.path.exists({str(file)!r}) and time.monotonic() < deadline:", "    time.sleep(0.1)"]
+    return f"\n{' ' * indent}".join(lines)

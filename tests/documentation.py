@@ -3,6 +3,8 @@
 `python tests/documentation.py` prints those that .ci/run runs, each ended by a NUL.
 """
 
+import difflib
+import itertools
 import re
 from pathlib import Path
 
@@ -28,12 +30,18 @@ def command(page: str, words: str) -> str:
 
 
 def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    text = page.read_text()
+    flags = re.findall(r"^\| `(--[^`]+)` \|", section(text, "Run job"), re.MULTILINE)
+    return re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) + [f"python job.py {f}\n" for f in flags]
+
+
+def section(text: str, heading: str) -> str:
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def suite_of(page: Path, block: str) -> str:
     """Return who runs a block: federation, own_model or pages, which are tests, or ci."""
-    if page.name == "real-sites.md":
+    if page.name == "real-sites.md" or re.search(r"--env (poc|prod)", block):
         return "federation"
     if page.name == "own-model-and-data.md":
         return "own_model"
@@ -42,6 +50,48 @@ def suite_of(page: Path, block: str) -> str:
     if re.match(r"python (job|cifar10)\.py", block) and block.count("\n") == 1:
         return "pages"
     raise ValueError(f"nobody runs this command of {page.name}: {block}")
+
+
+def missing_lines(shown: str, printed: str) -> list[str]:
+    """Return the lines that a page shows of an output and that were not printed in this order, but for [...]."""
+    lines = iter(shape(printed).splitlines())
+    return [line for line in shape(shown).splitlines() if line not in ("", "[...]") and line not in lines]
+
+
+def shape(output: str) -> str:
+    """Return an output without its numbers, the order of the sites' lines in a round, and which model is the best."""
+    output = output.replace("site-", "site").replace("The best is best_", "The best is ")
+    lines = [re.sub(r" +", " ", line) for line in re.sub(r"\d[\d.,:-]*", "0", output).splitlines()]
+    groups = itertools.groupby(lines, key=lambda line: line.startswith("site0 round"))
+    return "\n".join(line for of_sites, group in groups for line in (sorted(group) if of_sites else group))
+
+
+def diff_of_clients() -> str:
+    """Return how client.py differs from docs/plain_pytorch.py in its imports, and its main whole."""
+    imports, main = (
+        diff(plain, federated)
+        for plain, federated in zip(imports_and_main("docs/plain_pytorch.py"), imports_and_main("client.py"))
+    )
+    return "\n".join([*(line for line in imports if line[0] != " "), " ...", *main, ""])
+
+
+def diff(old: list[str], new: list[str]) -> list[str]:
+    """Return a diff of lines of code in which indentation and comments make no difference."""
+    code = [[re.sub(r"  # .*", "", line.strip()) for line in lines] for lines in (old, new)]
+    shown = []
+    for same, i, j, k, m in difflib.SequenceMatcher(None, *code, autojunk=False).get_opcodes():
+        if same == "equal":
+            shown += [f" {line}" for line in new[k:m]]
+        else:
+            shown += [f"-{line}" for line in old[i:j]] + [f"+{line}" for line in new[k:m]]
+    return shown
+
+
+def imports_and_main(script: str) -> list[list[str]]:
+    text = (REPO / script).read_text().partition('"""\n\n')[2]
+    imports, _, rest = text.partition("\ndef parse_args")
+    main = "def main():\n" + rest.partition("\ndef main():\n")[2].partition("\nif __name__")[0]
+    return [[line for line in part.splitlines() if line] for part in (imports, main)]
 
 
 if __name__ == "__main__":

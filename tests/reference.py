@@ -37,21 +37,24 @@ def fedavg(
     create_model=create_model,
     drop_last=False,
     drawn=None,
+    sites=None,
 ):
     """Average the weights of sites with these training sets, by their steps or all alike, for some rounds.
 
     Args:
         drawn: the names of the sites that train in each round; by default all.
+        sites: the names of all sites; by default site-1 and so on.
     """
+    sites = sites or [f"site-{i + 1}" for i in range(len(train_sets))]
     weights = dict(weights or create_model(seed).state_dict())
     for round in range(rounds):
         results = []
-        for i, train_set in enumerate(train_sets, start=1):
-            if drawn and f"site-{i}" not in drawn[round]:
+        for site, train_set in zip(sites, train_sets):
+            if drawn and site not in drawn[round]:
                 continue
             model = create_model()
             model.load_state_dict(weights)
-            results.append(train_locally(model, train_set, f"site-{i}", round, seed, batch_size, drop_last))
+            results.append(train_locally(model, train_set, site, round, seed, batch_size, drop_last))
         total = sum(steps if by_steps else 1 for _, steps in results)
         for name in weights:
             mean = sum(local[name] * (steps if by_steps else 1) for local, steps in results) / total

@@ -1,16 +1,16 @@
 """A provisioned federation on this machine: a server, three sites, mutual TLS, started by their own scripts."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Set
 from pathlib import Path
 
 import yaml
 
-from conftest import REPO
+from conftest import REPO, wait_until
 
 SITES = ["site-1", "site-2", "site-3"]
 PARTICIPANTS = ["server", *SITES]
@@ -38,12 +38,17 @@ class Federation:
         file = self.folder / "project.yml"
         file.write_text(yaml.safe_dump(project))
         subprocess.run([BIN / "nvflare", "provision", "-p", file, "-w", self.folder], check=True)
-        self.use_own_job_store()
+        self.set_up_job_store()
 
-    def use_own_job_store(self) -> None:
-        """Keep the server's jobs apart from those of other servers on this machine: NVFlare's default is one store."""
+    def set_up_job_store(self) -> None:
+        """Keep the server's jobs apart from those of other servers on this machine, and let it run one at a time.
+
+        NVFlare's defaults are one store for all servers, and four jobs at a time.
+        """
         resources = self.kit("server") / "local" / "resources.json.default"
-        resources.write_text(resources.read_text().replace('"/tmp/nvflare/', f'"{self.folder}/'))
+        text = resources.read_text().replace('"/tmp/nvflare/', f'"{self.folder}/')
+        assert '"max_jobs": 4' in text
+        resources.write_text(text.replace('"max_jobs": 4', '"max_jobs": 1'))
 
     def kit(self, participant: str) -> Path:
         return self.folder / "hello-pt" / "prod_00" / participant
@@ -66,6 +71,12 @@ class Federation:
         env = self.environment | env
         return subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
+    def job(self, *arguments: str | Path, person: str = LEAD) -> dict:
+        """Run an `nvflare job` command, as somebody who has a kit; return what it says."""
+        command = [BIN / "nvflare", "--format", "json", "job", *arguments, "--startup-kit", self.kit(person)]
+        done = subprocess.run(command, env=self.environment, timeout=600, stdout=subprocess.PIPE, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
     def start(self, participant: str) -> None:
         command = [*self.hosts.get(participant, []), "bash", self.kit(participant) / "startup" / "start.sh"]
         subprocess.run(command, env=self.environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
@@ -78,12 +89,12 @@ class Federation:
         """Return a participant's log and those of its jobs, which NVFlare deletes some time after their end."""
         return set(self.kit(participant).glob("**/log.txt"))
 
-    def wait_for(self, participant: str, text: str, known: Set[Path] = frozenset(), seconds: float = 180) -> None:
+    def wait_for(self, participant: str, text: str, known: Set[Path] = frozenset()) -> None:
         """Wait until a text is in a participant's logs, but for those that are known."""
-        end = time.monotonic() + seconds
-        while not any(text in log.read_text() for log in self.logs(participant) - known):
-            assert time.monotonic() < end, f"{participant} never logged {text!r}"
-            time.sleep(0.2)
+        wait_until(
+            lambda: any(text in log.read_text() for log in self.logs(participant) - known),
+            what=f"{text!r} in the log of {participant}",
+        )
 
 
 def prod(federation: Federation) -> list[str]:

@@ -1,58 +1,45 @@
 """Another network, other data, another metric: what docs/own-model-and-data.md says, done to copies of the program."""
 
-import difflib
-import json
+import contextlib
+import os
+import pty
 import re
 
+import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import REPO, copy_repo, run_job, same_weights
+from client_with_eval import LOCAL_MODEL
+from conftest import Run, copy_repo, insert, replace, run_job, same_weights, start_job, succeed
+from documentation import missing_lines
 from reference import distance
-from stages import MODEL
+from stages import MODEL, ONE_THREAD, scalars
 from wine import (
-    DATA_DIFF,
     EVALUATE,
-    MODEL_DIFF,
     OWN_FLAG,
+    PAGE,
     REGRESSION,
     WINE,
-    apply,
+    block_after,
     copy_with_wine,
     expected_wine,
     load_module,
+    wine_flags,
 )
 
 SITES = ["site-1", "site-2"]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-def diff(old, new):
-    """Return how a file differs from another; of more than two removed lines in a row, only the first two."""
-    lines, removed = [], 0
-    for line in list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=1000))[3:]:
-        removed = removed + 1 if line.startswith("-") else 0
-        if removed <= 3:
-            lines.append("-    ..." if removed == 3 else line.rstrip())
-    return "".join(f"{line}\n" for line in lines)
-
-
-@pytest.mark.parametrize("name, shown", [("model.py", MODEL_DIFF), ("data.py", DATA_DIFF)])
-def test_page_shows_how_the_example_differs(name, shown):
-    assert shown == diff((REPO / name).read_text(), (WINE / name).read_text())
+MODELS = ("FL_global_model.pt", "best_FL_global_model.pt")
 
 
 @pytest.fixture(scope="module")
 def wine(tmp_path_factory):
-    """A copy of the repository with docs/wine's files in it, and the page's own flag in both clients."""
+    """A copy of the repository with docs/own's files in it, and the page's own flag in both clients."""
     return copy_with_wine(tmp_path_factory.mktemp("wine") / "repo")
 
 
 @pytest.fixture(scope="module")
 def evaluated(wine):
-    flags = [*EVALUATE, *OWN_FLAG, "--json", str(wine.parent / "report.json")]
-    return run_job(wine.parent / "evaluated", *flags, repo=wine, **ONE_THREAD)
+    return run_job(wine.parent / "evaluated", *EVALUATE, *OWN_FLAG, repo=wine, **ONE_THREAD)
 
 
 def test_wine_is_averaged_as_plain_pytorch_and_arithmetic_say_buffers_included(evaluated):
@@ -65,11 +52,34 @@ def test_wine_is_averaged_as_plain_pytorch_and_arithmetic_say_buffers_included(e
     assert distance(evaluated.weights(), expected) < 1e-6
 
 
-def test_dropout_draws_the_same_bits_in_every_run_and_with_evaluation(evaluated, wine):
-    # One client at a time: each client's process is started anew for every round, and all of its state with it.
-    plain = run_job(wine.parent / "plain", *OWN_FLAG, "--num_threads", "1", repo=wine, **ONE_THREAD)
-    assert plain.status == 0, plain.errors
-    assert same_weights(plain.weights(), evaluated.weights())
+@pytest.fixture(scope="module")
+def one_by_one(wine):
+    """The same in a terminal, with each client's process started anew for every round, and all of its state with it."""
+    workspace = wine.parent / "one_by_one"
+    screen, terminal = pty.openpty()
+    flags = [*EVALUATE, *OWN_FLAG, "--num_threads", "1"]
+    job = start_job(workspace, *flags, repo=wine, output=terminal, **ONE_THREAD)
+    os.close(terminal)
+    output = b""
+    with contextlib.suppress(OSError):  # the end, when the last process has closed it
+        while read := os.read(screen, 4096):
+            output += read
+    os.close(screen)
+    return Run(job.wait(), output.decode().replace("\r\n", "\n"), "", workspace / "hello-pt")
+
+
+def test_one_client_at_a_time_trains_the_same_weights_and_dropout_draws_the_same_bits(evaluated, one_by_one):
+    assert one_by_one.status == 0, one_by_one.output
+    assert same_weights(evaluated.weights(), one_by_one.weights())
+
+
+def test_output_in_a_terminal_is_that_in_a_file_but_for_seconds(evaluated, one_by_one):
+    def lines(run):
+        text = re.sub(r"  \d+\.\d s$", "  s", run.output, flags=re.MULTILINE)
+        return text.replace(str(run.folder.parent), "WORKSPACE").replace(" --num_threads 1", "").splitlines()
+
+    assert sorted(lines(evaluated)) == sorted(lines(one_by_one))  # sites differ in who is first
+    assert lines(evaluated).index("Done: 2 rounds on 2 sites.") == lines(one_by_one).index("Done: 2 rounds on 2 sites.")
 
 
 def test_wine_goes_on_from_its_own_result(evaluated, wine):
@@ -79,32 +89,47 @@ def test_wine_goes_on_from_its_own_result(evaluated, wine):
     assert distance(run.weights(), expected_wine(rounds=1, weights=evaluated.weights())) < 1e-6
 
 
+def test_page_shows_what_the_example_prints(evaluated):
+    (shown,) = re.findall(r"^```\n(Training on wine.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+    assert missing_lines(shown, evaluated.output) == []
+
+
 def test_start_shows_wines_of_each_class_and_summary_follows_the_key_metric(evaluated):
     for site, test, training, *classes in (("site-1", 58, 100, 33, 37, 30), ("site-2", 58, 20, 7, 9, 4)):
         assert " ".join(map(str, [site, test, training, *classes])) in " ".join(evaluated.output.split())
-    report = json.loads((evaluated.folder.parents[1] / "report.json").read_text())
+    report = evaluated.report()
     assert report["key_metric"] == {"name": "loss", "mode": "min"}
-    losses = {name: by_site["site-1"]["loss"] for name, by_site in report["models"].items()}
-    table = evaluated.output.partition("Each model (row)")[2]
-    for name, loss in losses.items():
-        star = r"\*" if loss == min(losses.values()) else " "
-        assert re.search(rf"\n    {re.escape(name)} +{loss:#.4g}{star}", table)
-    best = min(("FL_global_model.pt", "best_FL_global_model.pt"), key=losses.get)
-    assert report["best_model"] == {"name": best, "loss": pytest.approx(losses[best])}
-    assert f"The best is {best}: loss {losses[best]:#.4g} on average over the sites." in evaluated.output
+    losses = {name: report["models"][name]["site-1"]["loss"] for name in MODELS}
+    best = min(losses, key=losses.get)
+    assert report["best_model"]["name"] == best
+    assert report["best_model"]["loss"] == pytest.approx(losses[best])
+    model = f"{best}, after round {2 if best == MODELS[0] else 1}"
+    assert f"The best is {model}: loss {losses[best]:#.4g} on average over the sites." in evaluated.output
+
+
+def test_sites_submit_their_latest_local_models(evaluated):
+    model, data = load_module(WINE / "model.py"), load_module(WINE / "data.py")
+    wines, labels = data.load_data(wine_flags(), "site-1")[1][:]
+    report, network = evaluated.report(), model.create_model().eval()
+    for site in SITES:
+        folder = evaluated.folder / site / "simulate_job" / f"app_{site}"
+        network.load_state_dict(torch.load(folder / LOCAL_MODEL, weights_only=True))
+        with torch.no_grad():
+            metrics = model.compute_metrics(network(wines), labels)
+        for name, value in metrics.items():
+            assert report["models"][site]["site-1"][name] == pytest.approx(value, rel=1e-5)
 
 
 # ---- A regression, with everything about it that may be unusual ----
 
-OWN_MODEL = '''
+OWN_MODEL = f'''
 import torch
 from torch import nn
 
-KEY_METRIC = ("R2", "max")
-
+{REGRESSION}
 
 class Autoencoder(nn.Module):
-    """With tied and frozen parameters, and buffers of integers and booleans."""
+    """With tied and frozen parameters, and buffers of integers, booleans and infinity."""
 
     def __init__(self, width):
         super().__init__()
@@ -116,6 +141,7 @@ class Autoencoder(nn.Module):
         self.head = nn.Linear(width, 1)
         self.register_buffer("order", torch.arange(1_000_000))
         self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("added_mask", torch.full((2,), -torch.inf))
 
     def forward(self, x):
         return self.head(self.norm(self.decoder(self.encoder(x)) + self.offset)).squeeze(1)
@@ -126,104 +152,94 @@ def create_model(seed=0):
     return Autoencoder(4)
 '''
 
-OWN_DATA = """
+# What docs/own-model-and-data.md says of the files of each site, and flags of every kind.
+OF_EACH_SITE = block_after("## Each site its own folder")
+MAKE_LOADER = (WINE / "data.py").read_text().partition("def make_loader")[2]
+OWN_DATA = f"""
+import datetime
 import zlib
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
-class Table(Dataset):
-    def __init__(self, file):
-        self.lines = open(file).read().splitlines()
+{OF_EACH_SITE}
 
-    def __len__(self):
-        return len(self.lines)
-
-    def __getitem__(self, i):
-        *features, target = map(float, self.lines[i].split(","))
-        return torch.tensor(features), torch.tensor(target)
-
-
-def add_data_flags(parser):
-    parser.add_argument("--data_root", required=True)
+def make_loader{MAKE_LOADER}
+"""
+OWN_FLAGS = """
     parser.add_argument("--columns", type=int, nargs="+")
+    parser.add_argument("--since", type=datetime.date.fromisoformat)
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--no-scale", dest="scale", action="store_false")
-
-
-def check_data_flags(args):
-    pass
-
-
-def prepare_data(args):
-    return "tables", ""
-
-
-def load_data(args, site):
+"""
+CHECK = """
     assert (args.columns, args.shift, args.scale) == ([0, 1, 2, 3], True, False)
-    folder = args.data_root.replace("{site}", site)
-    return Table(f"{folder}/train.csv"), Table(f"{folder}/test.csv")
-
-
-def make_loader(dataset, batch_size, shuffle_by=None):
-    if shuffle_by:
-        torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))
-    return DataLoader(dataset, batch_size, shuffle=shuffle_by is not None)
+    assert args.since == datetime.date(2026, 1, 31)
 """
 
 
-NUMBER_OF_ROUND = (
-    "            current_round, num_rounds = global_model.current_round, global_model.total_rounds  # (9) from 0\n"
-)
-
-
-def test_regression_with_a_folder_for_each_site_a_metric_below_zero_and_an_own_flag(tmp_path):
+def test_regression_with_a_folder_for_each_site_undefined_metrics_and_own_flags_trains_and_goes_on(tmp_path):
     repo = copy_repo(tmp_path / "repo")
     (repo / "model.py").write_text(OWN_MODEL)
     (repo / "data.py").write_text(OWN_DATA)
-    apply(REGRESSION, repo / "client_with_eval.py")
-    script = (repo / "client_with_eval.py").read_text()
-    no_number = 'None if site_name == "site-1" else float("nan")'  # of the untrained model
-    for line, more in [
-        ("            metrics = evaluate(model, test_loader, device)\n", 'metrics["count"] = len(test_set)'),
-        (NUMBER_OF_ROUND, f'metrics["R2"] = {no_number}'),
-    ]:
-        assert script.count(line) == 1
-        condition = "if current_round == 0: " if "R2" in more else ""
-        script = script.replace(line, f"{line}            {condition}{more}\n")
-    (repo / "client_with_eval.py").write_text(script)
-    random = torch.Generator().manual_seed(0)
-    for site, train, test in (("site-1", 40, 20), ("site-2", 12, 7)):
+    insert(repo / "data.py", "def add_data_flags(parser):", OWN_FLAGS)
+    insert(repo / "data.py", "def load_data(args, site):", CHECK)
+    undefined = """            metrics["count"] = len(test_set)
+            if current_round == 0:  # of the untrained model
+                metrics |= {"R2": None} if site_name == "berlin" else {"MAE": float("nan")}
+"""
+    line = "            for name, value in metrics.items():\n"
+    replace(repo / "client_with_eval.py", line, undefined + line)
+    random, tables = torch.Generator().manual_seed(0), {}
+    for site, train, test in (("berlin", 40, 20), ("oslo", 12, 7)):
         (tmp_path / site).mkdir()
-        for name, count in (("train", train), ("test", test)):
-            rows = torch.randn(count, 5, generator=random) + torch.tensor([0, 0, 0, 0, 5])  # noise: R2 is below zero
-            lines = "".join(",".join(map(str, row)) + "\n" for row in rows.tolist())
-            (tmp_path / site / f"{name}.csv").write_text(lines)
+        for part, count in (("train", train), ("test", test)):
+            table = torch.randn(count, 5, generator=random) + torch.tensor([0, 0, 0, 0, 5])  # noise: R2 is below zero
+            np.savetxt(tmp_path / site / f"{part}.csv", table, delimiter=",", header="a,b,c,d,label", comments="")
+            tables[site, part] = table
 
-    flags = ["--train_script", "client_with_eval.py", "--cross_site_eval", "--data_root", str(tmp_path / "{site}")]
-    flags += ["--batch_size", "4", "--lr", "0.001", "--columns", "0", "1", "2", "3", "--shift", "--no-scale"]
-    run = run_job(tmp_path / "workspace", *flags, "--json", str(tmp_path / "report.json"), repo=repo)
-    assert (run.status, run.errors) == (0, "")
+    flags = ["--train_script", "client_with_eval.py", "--cross_site_eval", "--sites", "berlin", "oslo"]
+    flags += ["--folder", f"{tmp_path}/{{site}}", "--batch_size", "4", "--lr", "0.001"]
+    flags += ["--columns", "0", "1", "2", "3", "--shift", "--no-scale", "--since", "2026-01-31"]
+    run = succeed(tmp_path / "workspace", *flags, repo=repo)
 
     shown = " ".join(run.output.split())
-    assert "Samples test train site-1 20 40 site-2 7 12" in shown
+    assert "Samples test train berlin 20 40 oslo 7 12" in shown
     assert "Data: tables, 12 to 40 training samples a site, 7 to 20 test samples." in run.output
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["data"]["sites"]["site-2"] == {"train_size": 12, "test_size": 7, "class_counts": {}}
-    for name in ("train_loss", "R2", "loss", "count"):
+    report = run.report()
+    assert report["settings"]["since"] == "2026-01-31"
+    assert report["data"]["sites"]["oslo"] == {"train_size": 12, "test_size": 7, "class_counts": {}}
+    for name in ("train_loss", "R2", "MAE", "count"):
         assert f"\n  {name} " in run.output
-    final = report["models"]["FL_global_model.pt"]
-    assert final["site-1"]["count"] == 20 and final["site-2"]["count"] == 7
-    models = [report["models"][name] for name in ("FL_global_model.pt", "best_FL_global_model.pt", *SITES)]
-    for site in SITES:
+    rounds = report["rounds"]
+    assert [round["berlin"]["count"] for round in rounds] == [20, 20]
+    assert [round["oslo"]["count"] for round in rounds] == [7, 7]
+    assert "R2" not in rounds[0]["berlin"] and "MAE" not in rounds[0]["oslo"]
+    assert re.search(rf"\n  R2 .*\n    round 1 +- +{rounds[0]['oslo']['R2']:#.4g}\n", run.output)
+    assert re.search(rf"\n  MAE .*\n    round 1 +{rounds[0]['berlin']['MAE']:#.4g} +-\n", run.output)
+    models = [report["models"][name] for name in (*MODELS, "berlin", "oslo")]
+    for site in ("berlin", "oslo"):
         best = max(model[site]["R2"] for model in models)
         assert best < 0
-        assert f"{best:#.4g}*" in run.output.partition("Each model (row)")[2]
-        events = EventAccumulator(str(run.results / "tb_events" / site)).Reload()
-        assert set(events.Tags()["scalars"]) == {"train_loss", "R2", "loss", "count"}
+        assert f"{best:#.4g}" in run.output.partition("Each model (row)")[2]
+        assert set(scalars(run, site)) == {"train_loss", "R2", "MAE", "count"}
 
-    weights, initial = run.weights(), load_module(repo / "model.py").create_model(0).state_dict()
+    model = load_module(repo / "model.py")
+    weights, initial = run.weights(), model.create_model(0).state_dict()
     assert torch.equal(weights["encoder.weight"], weights["decoder.weight"])
-    for name in ("order", "mask", "offset"):  # the same on all sites, and so in their mean
+    for name in ("order", "mask", "added_mask", "offset"):  # the same on all sites, and so in their mean
         assert torch.equal(weights[name], initial[name]) and weights[name].dtype == initial[name].dtype
+
+    # The last column is the label.
+    network = model.create_model().eval()
+    network.load_state_dict(weights)
+    for site in ("berlin", "oslo"):
+        table = tables[site, "test"]
+        with torch.no_grad():
+            metrics = model.compute_metrics(network(table[:, :4]), table[:, 4])
+        for name, value in metrics.items():
+            assert report["models"]["FL_global_model.pt"][site][name] == pytest.approx(value, rel=1e-4)
+
+    succeed(tmp_path / "workspace", *flags, "--initial_ckpt", str(run.folder / MODEL), "--num_rounds", "1", repo=repo)

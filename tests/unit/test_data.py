@@ -1,8 +1,11 @@
+import argparse
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torchvision.datasets
 
 import cifar10
 import data
+import job
 from conftest import REPO, TEST_IMAGES, TRAIN_IMAGES, data_flags
 
 
@@ -98,22 +102,32 @@ def test_sizes_take_the_first_images(small_cifar10, tmp_path):
     assert torch.equal(train_set.images, load_cifar10(tmp_path)[0].images[:7])
 
 
+EIGHT_TIMES = """
+import multiprocessing, torch, torchvision.datasets, cifar10
+torch.set_num_threads(1)
+fork = multiprocessing.get_context("fork")  # so that PyTorch is imported once
+processes = [fork.Process(target=cifar10.main) for _ in range(8)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+"""
+
+
 def test_eight_processes_download_once(online, cifar10_server, tmp_path):
     before = cifar10_server.downloads
-    command = [sys.executable, str(REPO / "cifar10.py"), "--data_root", str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    processes = [subprocess.Popen(command, env={**os.environ, **online}, **pipes) for _ in range(8)]
-    outputs = [process.communicate()[0] for process in processes]
-    assert outputs == [f"CIFAR-10 is ready in {tmp_path}: {TRAIN_IMAGES} training and {TEST_IMAGES} test images\n"] * 8
+    command = [sys.executable, "-c", EIGHT_TIMES, "--data_root", tmp_path]
+    output = subprocess.run(command, cwd=REPO, env={**os.environ, **online}, stdout=subprocess.PIPE, text=True).stdout
+    ready = f"CIFAR-10 is ready in {tmp_path}: {TRAIN_IMAGES} training and {TEST_IMAGES} test images"
+    assert output.replace("\n", "") == ready * 8
     assert cifar10_server.downloads - before == 2
 
 
 def prepared(dataset, folder, **flags):
     """Return what a dataset becomes, and the warning."""
-    args = data_flags(dataset=dataset, data_root=str(folder), **flags)
-    name, warning = data.prepare_data(args)
-    assert name == args.dataset
-    return name, warning
+    data_of_run = data.prepare_data(data_flags(dataset=dataset, data_root=str(folder), **flags))
+    assert data_of_run["name"] == data_of_run["flags"]["dataset"]
+    return data_of_run["name"], data_of_run["warning"]
 
 
 def test_auto_falls_back_to_synthetic_with_a_warning(no_network, tmp_path):
@@ -131,9 +145,24 @@ def test_auto_is_cifar10_on_real_sites_and_nothing_is_downloaded_here(small_cifa
     assert cifar10_server.downloads == downloads
 
 
-def test_cifar10_that_cant_be_had_is_one_clear_error(no_network, tmp_path):
-    with pytest.raises(cifar10.DataError, match=r"^CIFAR-10 in .* is missing and can't be downloaded .*--dataset"):
-        prepared("cifar10", tmp_path)
+def test_arguments_stay_as_they_were_and_the_name_says_how_the_images_are_split():
+    args = data_flags(split="dirichlet", alpha=0.3)
+    before = dict(vars(args))
+    assert data.prepare_data(args)["name"] == "synthetic (dirichlet split of alpha 0.3)"
+    assert vars(args) == before
+    assert data.prepare_data(data_flags(split="dirichlet"))["name"] == "synthetic (dirichlet split of alpha 0.5)"
+    assert data.prepare_data(data_flags(split="iid"))["name"] == "synthetic (iid split)"
+
+
+def test_cifar10_that_cant_be_had_is_one_clear_error_and_no_run_begins(no_network, tmp_path, capsys):
+    flags = ["--dataset", "cifar10", "--workspace", str(tmp_path / "new"), "--data_root", str(tmp_path / "data")]
+    with pytest.raises(SystemExit) as exit:
+        job.main(flags)
+    output, errors = capsys.readouterr()
+    assert (exit.value.code, output) == (1, "")
+    reason = r"CIFAR-10 in .* is missing and can't be downloaded .*--dataset.*"
+    assert re.fullmatch(rf"job\.py: error: {reason}\n", errors)
+    assert not (tmp_path / "new" / "hello-pt").exists()
 
 
 def test_silent_server_is_given_up(small_cifar10, monkeypatch, tmp_path):
@@ -177,8 +206,9 @@ def test_download_cut_off_or_altered_is_never_taken_and_the_next_one_repairs_it(
     assert len(load_cifar10(tmp_path)[0]) == TRAIN_IMAGES
 
 
-def test_decoded_file_of_something_else_is_made_again(small_cifar10, tmp_path):
-    torch.save([1], tmp_path / cifar10.DECODED_FILE)
+@pytest.mark.parametrize("content", [[1], Path("of another program")])
+def test_decoded_file_of_something_else_is_made_again(content, small_cifar10, tmp_path):
+    torch.save(content, tmp_path / cifar10.DECODED_FILE)
     assert len(load_cifar10(tmp_path)[0]) == TRAIN_IMAGES
 
 
@@ -203,10 +233,37 @@ def test_folder_in_a_variable_of_the_site(small_cifar10, tmp_path, monkeypatch):
         load_cifar10("$NO_SUCH_VARIABLE")
 
 
+@pytest.mark.parametrize(
+    "folder", ["text", "text/below", "$NO_SUCH_VARIABLE", "loop", "~nobody_here/x", "x" * 300, "{site}.txt/{site}", ""]
+)
+def test_folder_that_cant_be_used_is_one_line_and_no_run_begins(folder, no_network, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "site-1.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as exit:
+        job.main(["--dataset", "cifar10", "--workspace", "new", "--data_root", folder])
+    output, errors = capsys.readouterr()
+    assert exit.value.code in (1, 2) and output == ""
+    assert re.fullmatch(r"job\.py: error: .+\n", errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "site-1.txt", "text"]
+
+
 def test_folder_that_cant_be_written_is_one_clear_error(small_cifar10, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(cifar10.DataError, match="choose another --data_root"):
         load_cifar10(tmp_path / "file")
+
+
+def test_relative_folder_is_that_of_where_job_py_was_started(small_cifar10, cifar10_server, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = data_flags(dataset="cifar10", data_root="images")
+    settled = argparse.Namespace(**{**vars(args), **data.prepare_data(args)["flags"]})
+    downloads = cifar10_server.downloads
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as a run does, and a site
+    assert len(data.load_data(settled, "site-1")[0]) == TRAIN_IMAGES
+    assert cifar10_server.downloads == downloads and list(Path().iterdir()) == []
 
 
 def test_each_site_has_a_folder_of_its_own(small_cifar10, tmp_path):

@@ -1,30 +1,36 @@
 """What is kept from harm, as far as it can be seen without a run."""
 
 import argparse
+import asyncio
+import contextlib
+import functools
+import io
+import json
+import logging
 import os
 import re
-import shutil
+import signal
 import socket
-import time
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from nvflare.apis.fl_constant import ReservedKey, ReturnCode
-from nvflare.apis.fl_context import FLContext
-from nvflare.app_common.abstract.fl_model import FLModel
-from nvflare.app_common.abstract.model import make_model_learnable
-from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
-from nvflare.app_common.app_constant import AppConstants
-from nvflare.app_common.utils.fl_model_utils import FLModelUtils
-from nvflare.app_common.workflows.fedavg import FedAvg
 
-from support.failure import JobFailed, one_line
-from support.folder import MARK, MODEL, is_free, keep_earlier_results, lock_file
-from support.places import workspace_folder
-from support.progress import TRAINER, to_show
+import job
+from conftest import REPO
+from model import create_model
+from support.console import TRAINER, to_show
+from support.failure import reason_of_failure
+from support.flag_types import folder
+from support.process import RUN_VARIABLE, process_as_it_was
 from support.results import read_results
-from support.server import WholeLocalModels, check_steps, check_weights
+from support.run import LOCK, make_room, only_run
+from support.text import JobFailed, describe, one_line
+
+# With too few images of a class for each of 20 sites, a run ends when the table at its start is made.
+ENDS_SOON = ["--dataset=synthetic", "--train_size=300", "--n_clients=20", "--split=dirichlet", "--alpha=1e-6"]
 
 
 class Hostile:
@@ -40,7 +46,7 @@ def test_code_in_a_model_that_comes_back_is_not_run(tmp_path):
     model.parent.mkdir()
     torch.save({"model": Hostile(ran)}, model)
     with pytest.raises(JobFailed, match="holds more than weights, and was not loaded"):
-        read_results(argparse.Namespace(num_rounds=1), str(tmp_path), ("accuracy", "max"))
+        read_results(argparse.Namespace(num_rounds=1, first_round=1, run_folder=tmp_path), tmp_path)
     assert not ran.exists()
     torch.load(model, weights_only=False)
     assert ran.exists()  # so it would have been run
@@ -56,69 +62,165 @@ def test_workspace_of_another_user_is_refused(workspace):
         if child == 0:
             os.setuid(user)
             try:
-                workspace_folder(str(workspace))
+                folder(str(workspace))
                 os._exit(0)
-            except ValueError:
+            except argparse.ArgumentTypeError:
                 os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (2 if refused else 0)
+
+
+def test_site_can_colour_what_it_prints_and_do_nothing_else_to_a_terminal():
+    printed = "\x1b[32mgreen\x1b[0m\tGröße\x1b[2J\x1b]0;title\x07\x9b2J\r\x08\nline"
+    assert to_show(TRAINER, printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
+    assert one_line(printed) == "green Größe [2J ]0;title 2J line"  # in the last line, not even that
+
+
+def test_nvflares_own_line_is_not_shown_as_a_scripts():
+    own = "streamed response from site-1.simulate_job.client_api_trainer_1 failed asynchronously: StreamError: shutdown"
+    assert to_show(TRAINER, own) is None and to_show(TRAINER, f"I say {own}") == f"I say {own}"
+
+
+def test_errors_of_ours_are_told_by_their_text_and_others_with_their_type():
+    assert describe(OSError("no disk")) == "no disk"
+    assert describe(FileNotFoundError("a.csv")) == "FileNotFoundError: a.csv"
+
+
+def test_question_that_came_too_early_is_not_why_the_job_failed(tmp_path):
+    traceback = """blob_cb threw: 'NoneType' object has no attribute 'get_widget'
+Traceback (most recent call last):
+  File "/opt/lib/python3.12/site-packages/nvflare/private/fed/server/server_commands.py", line 306, in process
+    collector = engine.get_widget(WidgetID.INFO_COLLECTOR)
+AttributeError: 'NoneType' object has no attribute 'get_widget'
+"""
+    record = {"asctime": "", "name": "blob_streamer", "levelname": "ERROR", "message": traceback}
+    (tmp_path / "hello-pt" / "server").mkdir(parents=True)
+    log = tmp_path / "hello-pt" / "server" / "log.json"
+    log.write_text(json.dumps(record))
+    args = job.parse_args(["--workspace", str(tmp_path)])
+    aborted = JobFailed("the job ended as FINISHED:ABORTED")
+    assert reason_of_failure(args, aborted) == f"server failed: the job ended as FINISHED:ABORTED (see {log})"
 
 
 # ---- A run's folder ----
 
 
-def make_room(run_folder):
-    keep_earlier_results(argparse.Namespace(run_folder=run_folder, initial_ckpt=None, export=False))
+def content(folder):
+    """Return what is in a folder: files with what they hold, folders, and links."""
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
-def test_folder_that_job_py_did_not_make_is_refused_and_left_alone(tmp_path):
-    run_folder = tmp_path / "hello-pt"
-    precious = run_folder / "server" / "main.py"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("precious")
-    with pytest.raises(ValueError, match=re.escape(f"{run_folder} was not made by job.py: move it")):
-        workspace_folder(str(tmp_path))
-    with pytest.raises(OSError, match=r"was not made by job\.py"):
-        make_room(run_folder)
-    assert precious.read_text() == "precious"
-    assert list(tmp_path.iterdir()) == [run_folder]
+def begin(workspace):
+    """Make room for a run as job.py does; return the folder that was there."""
+    args = job.parse_args(["--workspace", str(workspace)])
+    make_room(args)
+    return args.earlier_run
 
 
 @pytest.mark.parametrize(
-    "change, kept",
+    "files",
     [
-        (lambda folder: None, False),
-        (lambda folder: (folder / "site-1" / "notes.txt").write_text("mine"), True),
-        (lambda folder: (folder / MARK).unlink(), "refused"),
-        (lambda folder: [(folder / MODEL.replace("**", "x")).parent.mkdir(parents=True), results(folder)], True),
-        (lambda folder: [shutil.move(folder, folder.with_name("old")), folder.symlink_to("old")], True),
+        ["server/simulate_job/app_server/FL_global_model.pt", "summary.json"],
+        ["server/simulate_job/app_server/FL_global_model.pt"],
+        ["server/log.txt", "site-1/notes.txt"],
+        ["server/thesis.tex", "thesis.tex"],
+        [],
     ],
-    ids=["untouched", "a file put in", "no mark", "a result", "a link"],
+    ids=["a result", "NVFlare's own result", "no round was complete", "something of a user's", "nothing at all"],
 )
-def test_folder_of_a_run_is_deleted_only_if_it_has_no_result_and_nobody_changed_it(tmp_path, change, kept):
-    run_folder = tmp_path / "hello-pt"
-    make_room(run_folder)
-    (run_folder / "site-1").mkdir()
-    (run_folder / "site-1" / "log.txt").write_text("NVFlare's")
-    (run_folder / MARK).touch()  # as a run does at its end
-    time.sleep(0.02)  # the clock of a file system ticks slowly
-    change(run_folder)
-    before = len(list(run_folder.rglob("*")))
-    if kept == "refused":
-        assert not is_free(run_folder)
-        return
-    for times in range(1, 3 if kept else 2):  # the second time, the first's name is taken
-        copy = shutil.copytree(run_folder, tmp_path / "copy", symlinks=True)
-        make_room(run_folder)
-        folders = list(tmp_path.glob("hello-pt-*"))
-        assert [len(list(folder.rglob("*"))) for folder in folders] == [before] * (times if kept else 0)
-        assert sorted(path.name for path in run_folder.rglob("*")) == ["local", "made-by-job.py"]
-        shutil.rmtree(run_folder)
-        shutil.move(copy, run_folder)
+def test_folder_of_an_earlier_run_is_renamed_whatever_it_holds(files, tmp_path, capsys):
+    run_folder, runs = tmp_path / "hello-pt", {}
+    for round in range(2):
+        (run_folder / "server").mkdir(parents=True, exist_ok=True)
+        for file in files:
+            (run_folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (run_folder / file).write_text(f"{file} of run {round}")
+        os.utime(run_folder, (1e9 + round, 1e9 + round))  # the name has its second
+        before = content(run_folder)
+        kept = begin(tmp_path)
+        assert re.fullmatch(r"hello-pt-\d{4}-\d\d-\d\d-\d{6}", kept.name) and kept.parent == tmp_path
+        assert capsys.readouterr().out == f"The results of the run before are kept in {kept}\n"
+        assert content(run_folder) == {"server": False}
+        runs[kept] = before
+    assert len(runs) == 2 and {folder: content(folder) for folder in runs} == runs
 
 
-def results(folder):
-    (folder / MODEL.replace("**", "x")).write_text("a model")
-    (folder / MARK).touch()
+def test_link_to_an_earlier_run_is_renamed_and_what_it_leads_to_is_left_alone(tmp_path):
+    (tmp_path / "elsewhere" / "server").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "summary.json").write_text("{}")
+    before = content(tmp_path / "elsewhere")
+    (tmp_path / "hello-pt").symlink_to("elsewhere")
+    kept = begin(tmp_path)
+    assert kept.readlink() == Path("elsewhere") and content(tmp_path / "elsewhere") == before
+    assert not (tmp_path / "hello-pt").is_symlink() and (tmp_path / "hello-pt" / "server").is_dir()
+
+
+def test_earlier_run_gets_another_name_if_its_own_is_taken(tmp_path):
+    for round in range(2):
+        (tmp_path / "hello-pt" / "server").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hello-pt" / "server" / f"of run {round}").write_text("")
+        os.utime(tmp_path / "hello-pt", (1e9, 1e9))  # at the same time
+        begin(tmp_path)
+    assert {path.name for path in tmp_path.glob("hello-pt*/server/*")} == {"of run 0", "of run 1"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: [path.mkdir(), (path / "main.py").write_text("precious")],
+        lambda path: [path.mkdir(), (path / "server").write_text("precious")],
+        lambda path: path.mkdir(),
+        lambda path: path.write_text("precious"),
+        lambda path: path.symlink_to("nowhere"),
+    ],
+    ids=["a clone", "a file called server", "an empty folder", "a file", "a link to nothing"],
+)
+def test_what_is_no_earlier_run_is_refused_and_left_alone(make, tmp_path, capsys):
+    make(tmp_path / "hello-pt")
+    before = content(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        job.main(["--workspace", str(tmp_path), *ENDS_SOON])
+    error = f"job.py: error: {tmp_path / 'hello-pt'} is no earlier run: move it, or choose another --workspace\n"
+    assert (exit.value.code, capsys.readouterr()) == (2, ("", error))
+    assert content(tmp_path) == before
+
+
+def test_run_that_ends_before_its_first_round_leaves_the_run_before_where_it_is(tmp_path):
+    (tmp_path / "hello-pt" / "server").mkdir(parents=True)
+    before = content(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        job.main(["--workspace", str(tmp_path), *ENDS_SOON])
+    assert exit.value.code == 1 and content(tmp_path) == {**before, LOCK: b""}
+
+
+def test_checkpoint_in_the_folder_of_an_earlier_run_is_found_after_that_was_renamed(tmp_path):
+    model = tmp_path / "hello-pt" / "server" / "model.pt"
+    model.parent.mkdir(parents=True)
+    torch.save(create_model().state_dict(), model)
+    args = job.parse_args(["--workspace", str(tmp_path), "--initial_ckpt", str(model)])
+    make_room(args)
+    assert (REPO / args.initial_ckpt).resolve() == args.earlier_run / "server" / "model.pt"
+    assert (args.earlier_run / "server" / "model.pt").is_file()
+
+
+# ---- One run in a workspace ----
+
+
+def test_second_run_in_a_workspace_is_refused_by_the_lock_until_the_first_has_ended(tmp_path, capsys):
+    (tmp_path / "hello-pt" / "server").mkdir(parents=True)
+    with process_as_it_was(), only_run(tmp_path / "hello-pt"):
+        before = content(tmp_path)
+        with pytest.raises(SystemExit) as exit:
+            job.main(["--workspace", str(tmp_path), *ENDS_SOON])
+        at_work = (
+            f"another job.py is at work in {tmp_path / 'hello-pt'}: wait for its end, or choose another --workspace"
+        )
+        assert (exit.value.code, capsys.readouterr()) == (1, ("", f"job.py: error: {at_work}\n"))
+        assert content(tmp_path) == before
+    with process_as_it_was(), only_run(tmp_path / "hello-pt"):
+        pass
 
 
 def make_socket(path):
@@ -130,114 +232,73 @@ def make_socket(path):
     [
         lambda path: path.write_text("my own notes"),
         lambda path: path.symlink_to(path.with_name("thesis.tex")),
+        lambda path: path.symlink_to(path.with_name("nothing")),
         lambda path: path.symlink_to("/dev/zero"),
         lambda path: path.mkdir(),
         lambda path: os.mkfifo(path),
         make_socket,
     ],
-    ids=["a file", "a link", "a link to a device", "a folder", "a FIFO", "a socket"],
+    ids=["a file", "a link", "a link to nothing", "a link to a device", "a folder", "a FIFO", "a socket"],
 )
-def test_what_has_the_name_of_the_lock_is_refused_and_left_alone(tmp_path, make):
+def test_what_has_the_name_of_the_lock_is_left_alone(tmp_path, make, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
-    lock = tmp_path / "hello-pt.lock"
-    make(lock)
-    with pytest.raises(OSError, match=re.escape(str(lock)) + ".*: move it, or choose another --workspace"):
-        lock_file(lock)
+    make(tmp_path / LOCK)
+    before = {path.name: path.lstat()[:7] for path in tmp_path.iterdir()}  # kind, number, size and so on
+    with pytest.raises(SystemExit) as exit:
+        job.main(["--workspace", str(tmp_path), *ENDS_SOON])
+    assert exit.value.code == 1
+    assert re.fullmatch(r"job\.py: error: .+\n", capsys.readouterr().err)
+    assert {path.name: path.lstat()[:7] for path in tmp_path.iterdir()} == before
     assert (tmp_path / "thesis.tex").read_text() == "precious"
-    assert not lock.is_file() or lock.read_text() in ("my own notes", "precious")
 
 
-def test_lock_of_job_py_is_taken_again(tmp_path):
-    for content in ("", "4711 (job.py)\n"):
-        (tmp_path / "hello-pt.lock").write_text(content)
-        with lock_file(tmp_path / "hello-pt.lock") as lock:
-            assert lock.read() == content
+# ---- A notebook's kernel, or another program that calls job.main ----
 
 
-# ---- What the server refuses ----
-
-GLOBAL = {"weight": torch.ones(2, 2), "mask": torch.tensor([0.0, -torch.inf]), "count": torch.tensor(3)}
-
-
-def test_whole_local_model_is_taken():
-    check_weights({name: value.numpy() for name, value in GLOBAL.items()}, GLOBAL)
-    for steps in (None, 1, 2.5, 10**9):
-        check_steps(steps)
+def state():
+    """Return what a run changes in its process."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    root = logging.getLogger()
+    streams = [sys.stdin, sys.stdout, sys.stderr, getattr(sys.stdout, "errors", None)]
+    log = [root.handlers[:], root.level, logging.root.manager.disable, logging.raiseExceptions]
+    return [handlers, dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv), *streams, *log]
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"weight": None}, "lacks weight$"),
-        ({"weight": torch.ones(4)}, r"weight has the shape \(4,\), not \(2, 2\)"),
-        ({"weight": torch.tensor([[1, torch.nan], [1, 1]])}, "weight isn't finite: training diverged"),
-        ({"weight": torch.full((2, 2), 1e300, dtype=torch.float64)}, "weight isn't finite: training diverged"),
-        ({"count": torch.tensor(torch.nan)}, "count isn't finite: training diverged"),
-        ({"weight": "ones"}, "weight is no tensor"),
-        ({"extra": torch.ones(1)}, "has extra, which the global model doesn't have"),
-    ],
-)
-def test_local_model_that_is_not_whole_is_refused(change, reason):
-    weights = {name: value for name, value in {**GLOBAL, **change}.items() if value is not None}
-    with pytest.raises(ValueError, match=reason):
-        check_weights(weights, GLOBAL)
+def call_in_a_thread(main):
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
 
 
-@pytest.mark.parametrize("steps", [0, -5, float("nan"), float("inf"), "many", True, [3]])
-def test_number_of_steps_that_is_none_is_refused(steps):
-    with pytest.raises(ValueError, match="no positive number"):
-        check_steps(steps)
+def call_in_asyncio(main):
+    async def program():
+        main()
 
-
-def received(model, return_code=ReturnCode.OK, spare=True):
-    """Return what WholeLocalModels makes of a local model from site-2, as it arrives at the server."""
-    result, fl_ctx, peer = FLModelUtils.to_shareable(model), FLContext(), FLContext()
-    result.set_return_code(return_code)
-    peer.set_prop(ReservedKey.IDENTITY_NAME, "site-2")
-    fl_ctx.set_peer_context(peer)
-    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(GLOBAL, {}))
-    return WholeLocalModels(spare).process(result, fl_ctx)
-
-
-def is_averaged(result):
-    """Tell whether NVFlare's FedAvg takes a result into its mean."""
-    controller = FedAvg(num_clients=2)
-    controller.fl_ctx, controller.current_round = FLContext(), 0
-    controller._aggr_helper, controller._aggr_metrics_helper = WeightedAggregationHelper(), WeightedAggregationHelper()
-    return controller._aggregate_one_result(FLModelUtils.from_shareable(result))
+    asyncio.run(program())
 
 
 @pytest.mark.parametrize(
-    "change, meta, return_code, reason",
-    [
-        ({"weight": torch.ones(4)}, {}, "OK", "its local model's weight has the shape (4,), not (2, 2)"),
-        ({"weight": torch.full((2, 2), torch.nan)}, {}, "OK", "its local model's weight isn't finite"),
-        ({"x\n\x1b[2J" * 1000: torch.ones(1)}, {}, "OK", "its local model has x [2Jx [2Jx"),
-        ({}, {"NUM_STEPS_CURRENT_ROUND": -1}, "OK", "its NUM_STEPS_CURRENT_ROUND is -1, which is no positive number"),
-        ({}, {}, "EXECUTION_EXCEPTION", "its client says EXECUTION_EXCEPTION"),
-    ],
+    "call", [lambda main: main(), call_in_a_thread, call_in_asyncio], ids=["", "thread", "asyncio"]
 )
-def test_bad_model_of_a_site_that_can_be_spared_is_passed_over_and_a_line_says_why(
-    change, meta, return_code, reason, caplog
-):
-    result = received(FLModel(params={**GLOBAL, **change}, meta=meta), return_code)
-    (line,) = caplog.messages
-    assert line.startswith(f"site-2  refused: {reason}") and len(line) < 400 and line.isprintable()
-    assert to_show(caplog.records[0].name.rpartition(".")[2], line) == line
-    assert not is_averaged(result)
+def test_job_main_leaves_its_process_as_it_was_also_the_second_time(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # a program's own
+    statuses = []
 
+    def main(*flags):
+        with pytest.raises(SystemExit) as exit:
+            job.main(["--workspace", "new", *flags])
+        statuses.append(exit.value.code)
 
-def test_good_model_of_a_site_that_can_be_spared_is_averaged(caplog):
-    assert is_averaged(received(FLModel(params=GLOBAL, meta={"NUM_STEPS_CURRENT_ROUND": 3})))
-    assert caplog.messages == []
-
-
-def test_bad_model_of_a_site_that_is_needed_ends_the_job():
-    with pytest.raises(ValueError, match="weight is no tensor"):
-        received(FLModel(params={**GLOBAL, "weight": "ones"}), spare=False)
-
-
-def test_site_can_colour_what_it_prints_and_do_nothing_else_to_a_terminal():
-    printed = "\x1b[32mgreen\x1b[0m\tGröße\x1b[2J\x1b]0;title\x07\x9b2J\r\x08\nline"
-    assert to_show(TRAINER, printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
-    assert one_line(printed) == "green Größe [2J ]0;title 2J line"  # in the last line, not even that
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as shown:  # no file, as in a notebook
+            before = state()
+            for _ in range(2):
+                for flags in (["--train_size", "0"], ENDS_SOON, ["--env", "prod", "--startup_kit", "missing"]):
+                    call(functools.partial(main, *flags))
+                    assert state() == before
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert statuses == [2, 1, 1] * 2
+    assert shown.getvalue().count("Training on ") == 4

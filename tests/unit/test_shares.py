@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cifar10 import DataError
 from conftest import data_flags
 from data import load_data, partition
-from support.samples import class_counts
+from support.summary import class_counts
 
 LABELS = st.lists(st.integers(0, 9), min_size=1, max_size=300).map(np.array)
 ALPHAS = st.floats(-6, 6).map(lambda exponent: 10.0**exponent)
@@ -115,12 +115,13 @@ def test_impossible_split_is_one_clear_error():
         partition(SORTED_LABELS, 20, "dirichlet", 1e-6, seed=0)  # each class goes to one of 20 sites
 
 
+@pytest.mark.parametrize("sites", [["site-1", "site-2", "site-3"], ["paris", "site-1", "7"]])
 @pytest.mark.parametrize("split", ["iid", "dirichlet"])
-def test_sites_take_the_training_images_by_their_number(split):
-    flags = {"train_size": 100, "test_size": 1, "seed": 3, "n_clients": 3}
+def test_sites_take_the_training_images_by_their_place(split, sites):
+    flags = {"train_size": 100, "test_size": 1, "seed": 3, "sites": sites}
     args = data_flags(split=split, alpha=1, **flags)
-    train_set, _ = load_data(data_flags(**flags), "site-1")
-    shards = [load_data(args, f"site-{i}")[0] for i in (1, 2, 3)]
+    train_set, _ = load_data(data_flags(**flags), sites[0])
+    shards = [load_data(args, site)[0] for site in sites]
     images = torch.cat([shard.__getitems__(list(range(len(shard))))[0] for shard in shards])
     assert sorted(images.sum(dim=(1, 2, 3)).tolist()) == sorted(train_set[:][0].sum(dim=(1, 2, 3)).tolist())
     for shard, indices in zip(shards, partition(train_set.targets.numpy(), 3, split, 1, seed=3)):
@@ -128,8 +129,16 @@ def test_sites_take_the_training_images_by_their_number(split):
         counts = np.bincount(train_set.targets[indices], minlength=10).tolist()
         assert class_counts(shard) == dict(zip("0123456789", counts))
     for stranger in ("site-0", "site-4", "hospital"):
-        with pytest.raises(DataError, match=f"to site-1 ... site-3, not to {stranger}"):
+        with pytest.raises(DataError, match=f"among {', '.join(sites)}, and {stranger} is not among them"):
             load_data(args, stranger)
+
+
+def test_alpha_is_a_half_unless_told_otherwise():
+    flags = {"train_size": 100, "test_size": 1, "split": "dirichlet"}
+    assert (
+        load_data(data_flags(**flags), "site-1")[0].indices
+        == load_data(data_flags(alpha=0.5, **flags), "site-1")[0].indices
+    )
 
 
 def test_same_split_takes_everything():
