@@ -12,29 +12,30 @@ TEST_SIZE = 58
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what a site trains on: job.py takes them and hands them on to the client script."""
-    parser.add_argument("--ratio", type=int, default=5, help="site-1 has so many times the wines of each other site")
+    parser.add_argument("--ratio", type=int, default=5, metavar="N", help="the first site has N times another's wines")
 
 
-def check_data_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError, in one line, if these flags of job.py's command line can't be right."""
+def prepare_data(args: argparse.Namespace) -> dict:
+    """Return what the sites train on, in words. Nothing has to be downloaded or settled here.
+
+    Raises:
+        ValueError: the flags can't be right.
+    """
     if not 1 <= args.ratio <= 20:
         raise ValueError(f"argument --ratio: {args.ratio} is not from 1 to 20")
-
-
-def prepare_data(args: argparse.Namespace) -> tuple[str, str]:
-    """Return what the sites train on, in words, and a warning. Here there is nothing to get ready or to warn of."""
-    return "wine", ""
+    return {"name": "wine"}
 
 
 def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
     """Return the training and the test set of a site, of samples (features float32 (13,), class 0, 1 or 2)."""
     wine = load_wine()
     wines = TensorDataset(torch.tensor(wine.data, dtype=torch.float32), torch.tensor(wine.target))
-    share = (len(wines) - TEST_SIZE) // (args.ratio + args.n_clients - 1)
-    shares = [share] * (args.n_clients - 1)
+    wines.targets = wines.tensors[1]  # in which job.py's table counts the classes
+    share = (len(wines) - TEST_SIZE) // (args.ratio + len(args.sites) - 1)
+    shares = [share] * (len(args.sites) - 1)
     lengths = [TEST_SIZE, len(wines) - TEST_SIZE - sum(shares), *shares]
     test_set, *train_sets = random_split(wines, lengths, generator=torch.Generator().manual_seed(args.seed))
-    return train_sets[int(site.removeprefix("site-")) - 1], test_set
+    return train_sets[args.sites.index(site)], test_set
 
 
 def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = None) -> DataLoader:
