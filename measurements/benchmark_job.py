@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -33,20 +34,21 @@ BARE = """
 import sys
 from argparse import Namespace
 import torch
-from torch.nn import functional as F
 from data import load_data, make_loader
-from model import create_model
+from model import create_model, criterion
 
 dataset, data_root, epochs, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 sizes = {"train_size": None, "test_size": None}
 train_set, _ = load_data(Namespace(dataset=dataset, data_root=data_root, split="same", seed=0, **sizes), "site-1")
 train_loader = make_loader(train_set, 16, shuffle_by=(seed,))
-model = create_model()
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+model = create_model().to(device)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 for _ in range(epochs):
     for images, labels in train_loader:
+        images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        criterion(model(images), labels).backward()
         optimizer.step()
 """
 
@@ -176,6 +178,8 @@ def main() -> None:
     if unknown := set(args.what) - measurements.keys():
         parser.error(f"there is no measurement {' '.join(sorted(unknown))}")
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} cores"
+    print(f"Measured on: {device}", flush=True)
     with tempfile.TemporaryDirectory() as workspace:
         job = [sys.executable, "job.py", f"--dataset={args.dataset}", f"--data_root={args.data_root}"]
         job += [f"--workspace={workspace}"]

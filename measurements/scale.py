@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 
 from support.failure import read_log
-from support.run import processes_of
+from support.process import processes_of
 
 REPO = Path(__file__).resolve().parent.parent
 MOST = {"sim": 100, "poc": 8}  # sites

@@ -1,12 +1,11 @@
 """Is a federation worth it? Measure it, and draw it: python -m measurements.why_federate
 
-Five sites share CIFAR-10 out among themselves (iid, dirichlet 0.5 and dirichlet 0.1), and train for ten rounds of one
-local epoch, each case with three seeds, which decide the shares, the initial weights and the order of the images:
+CIFAR-10 is divided among five sites (iid, dirichlet 0.5 and dirichlet 0.1). They train for ten rounds of one local
+epoch, each case with three seeds, which decide the shares, the initial weights and the order of the images:
 
-alone:        each site keeps its model for itself. It takes the very steps that it takes in the federation; what lacks
-              is the average between two rounds.
+alone:        each site keeps its model for itself. It takes the very steps that it takes in the federation; only the
+              average between two rounds is missing.
 fedavg:       python job.py.
-fedprox:      the same with a proximal term in the sites' loss (for the skewed shares).
 pooled:       all images in one place, and the steps of one site: the mean over the sites, a fifth of an epoch a round.
 pooled, all:  all images in one place, and the steps of all sites together: an epoch a round.
 
@@ -33,7 +32,7 @@ from data import add_data_flags, load_data, make_loader, partition
 from model import create_model
 
 REPO = Path(__file__).resolve().parent.parent
-SITES, BATCH_SIZE, LR, MU = 5, 16, 0.01, 0.1
+SITES, BATCH_SIZE, LR = 5, 16, 0.01
 CASES = {
     "iid": ["--split=iid"],
     "dirichlet 0.5": ["--split=dirichlet", "--alpha=0.5"],
@@ -43,7 +42,6 @@ NAMES = {  # of what is measured, with its colour (Okabe and Ito's, told apart b
     "pooled, all": ("pooled, steps of all sites", "#999999"),
     "pooled": ("pooled, steps of one site", "#000000"),
     "fedavg": ("FedAvg", "#0072b2"),
-    "fedprox": (f"FedProx, µ = {MU:g}", "#56b4e9"),
     "alone": ("each site alone", "#d55e00"),
 }
 
@@ -61,14 +59,12 @@ def measurements(seeds: int) -> list[dict]:
         for case in CASES:
             wanted += [{"what": "alone", "case": case, "seed": seed, "site": f"site-{i + 1}"} for i in range(SITES)]
         wanted += [{"what": what, "seed": seed} for what in ("pooled", "pooled, all")]
-    return wanted + [
-        {"what": "fedprox", "case": case, "seed": seed} for seed in range(seeds) for case in CASES if case != "iid"
-    ]
+    return wanted
 
 
 def measure(wanted: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """Measure, and return each measurement with what came of it: the accuracies after each round."""
-    federated = [measurement for measurement in wanted if measurement["what"] in ("fedavg", "fedprox")]
+    federated = [measurement for measurement in wanted if measurement["what"] == "fedavg"]
     plain = [(measurement, args) for measurement in wanted if measurement not in federated]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         yield from pool.imap_unordered(train_without_averages, plain)
@@ -81,14 +77,13 @@ def federate(measurement: dict, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder, "models")
         models.mkdir()
-        command = [sys.executable, REPO / "job.py", f"--workspace={folder}", f"--json={folder}/report.json"]
+        command = [sys.executable, REPO / "job.py", f"--workspace={folder}"]
         command += [f"--train_script={REPO}/measurements/measured_client.py", *data_flags(args, measurement["case"])]
         command += [f"--seed={measurement['seed']}", f"--n_clients={SITES}", f"--num_rounds={args.rounds}"]
         command += ["--epochs=1", f"--batch_size={BATCH_SIZE}", f"--lr={LR}"]
-        mu = MU if measurement["what"] == "fedprox" else 0
-        env = {"CLIENT": str(REPO / "client.py"), "MODELS": str(models), "FEDPROX_MU": str(mu)}
+        env = {"CLIENT": str(REPO / "client.py"), "MODELS": str(models)}
         subprocess.run(command, env=os.environ | env, stdout=subprocess.DEVNULL, check=True)
-        (final,) = json.loads(Path(folder, "report.json").read_text())["paths"]["models"]
+        (final,) = json.loads(Path(folder, "hello-pt", "summary.json").read_text())["paths"]["models"]
         weights = [torch.load(models / f"{i}.pt", weights_only=True) for i in range(1, args.rounds)]
         weights.append(torch.load(final, weights_only=True)["model"])
     _, test_set = data_of("site-1", measurement["seed"], data_flags(args))
@@ -130,7 +125,7 @@ def data_of(site: str, seed: int, flags: list[str]) -> tuple[Dataset, Dataset]:
     parser = argparse.ArgumentParser()
     add_data_flags(parser)
     args = parser.parse_args(flags)
-    args.seed, args.n_clients = seed, SITES
+    args.seed, args.sites = seed, [f"site-{i + 1}" for i in range(SITES)]
     return load_data(args, site)
 
 
