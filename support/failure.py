@@ -17,8 +17,8 @@ NOT_READY = "no attribute 'get_widget'"  # NVFlare 2.9.0's server, asked by show
 
 def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
     """Say which site failed first, or that the server did, why, and where the log is."""
-    if site := killed_site(args.run_folder):
-        return f"{site} failed: its process was killed (see {args.run_folder / site / 'log.txt'})"
+    if dead := dead_process(args.run_folder):
+        return dead
     server_log, see_server = find_log(args.run_folder)
     of_server = f"server failed: {str(error).partition('. ')[0]}{see_server}"
     if lost := read_lost_sites(args.run_folder):
@@ -79,13 +79,16 @@ def end_of_script(log: list[dict]) -> str:
     return KILLED if log else ""
 
 
-def killed_site(run_folder: Path) -> str | None:
-    """Return the name of a simulated site whose process died: NVFlare logs that, and waits for it forever."""
-    with contextlib.suppress(OSError):
-        log = (run_folder / "server" / "error_log.txt").read_text()
-        if found := re.search(r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)", log):
-            return found[1]
-    return None
+def dead_process(run_folder: Path) -> str:
+    """Say which simulated site's process died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
+    for log in run_folder.glob("*/error_log.txt"):
+        with contextlib.suppress(OSError):
+            text = log.read_text(errors="replace")
+            if found := re.search(r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)", text):
+                return f"{found[1]} failed: its process was killed (see {run_folder / found[1] / 'log.txt'})"
+            if found := re.search(r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)", text):
+                return f"{log.parent.name} failed: {found[1]} (see {log.with_name('log.txt')})"
+    return ""
 
 
 def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:

@@ -13,7 +13,7 @@ import torch
 from nvflare.fuel.utils.log_utils import default_log_dict
 from nvflare.job_config.api import FedJob
 
-from support.failure import killed_site, read_lost_sites
+from support.failure import dead_process, read_lost_sites
 from support.process import kill, processes_of, share_cores
 from support.text import JobFailed
 
@@ -64,7 +64,7 @@ class SimEnv(nvflare.recipe.SimEnv):
         while not over.wait(1):
             if read_lost_sites(self.run_folder):
                 seconds_failed += 1
-            if killed_site(self.run_folder) or seconds_failed > PATIENCE:
+            if dead_process(self.run_folder) or seconds_failed > PATIENCE:
                 kill(processes_of(self.run_folder))
 
 

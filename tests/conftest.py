@@ -175,7 +175,12 @@ def finish(process: subprocess.Popen, workspace: Path) -> Run:
 
 
 def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
-    return finish(start_job(workspace, *flags, repo=repo, **env), workspace)
+    """Run job.py; again, if a port that NVFlare chose was taken a moment later, by a test beside this one."""
+    run = finish(start_job(workspace, *flags, repo=repo, **env), workspace)
+    if "Address already in use" in run.errors:
+        shutil.rmtree(run.folder)
+        run = finish(start_job(workspace, *flags, repo=repo, **env), workspace)
+    return run
 
 
 def succeed(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:

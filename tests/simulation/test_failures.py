@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import time
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def test_killed_process_ends_the_run(workspace, victim, round, reason):
     assert Path(last.rpartition("(see ")[2].removesuffix(")")).is_file()
     assert running(workspace.parent) == []
     assert (workspace / "hello-pt" / MODEL).exists() == (round > 0)
+
+
+def test_process_that_cannot_start_since_another_program_took_its_port_ends_the_run(workspace):
+    job = start_job(workspace, *ENDLESS)
+    (process,) = wait_until(lambda: running(workspace / "hello-pt", "simulator_worker", "--client site-2"), job)
+    words = process.cmdline()
+    with socket.create_server(("localhost", int(words[words.index("--port") + 1]))):  # NVFlare connects, and waits
+        run = finish(job, workspace)
+    log = workspace / "hello-pt" / "site-2" / "log.txt"
+    in_use = r"OSError: \[Errno \d+\] Address already in use"
+    assert run.status == 1
+    assert re.fullmatch(rf"job\.py: error: site-2 failed: {in_use} \(see {log}\)\n", run.errors)
+    assert running(workspace.parent) == []
 
 
 def test_client_that_raises_ends_the_run_with_its_site_exception_line_and_log(tmp_path):
