@@ -7,7 +7,6 @@ import shlex
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from data import add_data_flags
 from support import flag_types as types
@@ -61,8 +60,6 @@ def complete(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namesp
             setattr(args, name, getattr(args, name) or args.n_clients)
         moment = args.run_folder.lstat().st_mtime if args.run_folder.exists() else time.time()
         args.earlier_run = args.workspace / time.strftime(f"{JOB_NAME}-%Y-%m-%d-%H%M%S", time.localtime(moment))
-        while os.path.lexists(args.earlier_run):  # a copy of it, say
-            args.earlier_run = args.earlier_run.with_name(f"{args.earlier_run.name}-again")
         if args.initial_ckpt:
             if args.run_folder in args.initial_ckpt.parents and not args.export:  # which renames nothing
                 args.initial_ckpt = args.earlier_run / args.initial_ckpt.relative_to(args.run_folder)
@@ -84,12 +81,10 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     export_dir = any(word.startswith("--export-dir") for word in sys.orig_argv)
     places = [sys.executable, tempfile.gettempdir(), str(args.workspace)]
     unfit = [place for place in places if re.search(r"""[\s'"#\\]""", place)]  # which NVFlare 2.9.0 splits as a shell
-    inside = [path for path in (args.train_script, Path(data_root).absolute()) if path.is_relative_to(run_folder)]
     groups = len(re.findall(r"\[[^]]*\]|[0-9]+", args.gpu or ""))
     foreign = os.path.lexists(run_folder) and not (run_folder / "server").is_dir()
     return [
         (foreign and not args.export, f"{run_folder} is no earlier run: move it, or choose another --workspace"),
-        (inside and not on_sites, f"{run_folder} will be renamed: move {' and '.join(map(str, inside))} out of it"),
         (export_dir and not args.export, "--export-dir is where --export writes to: give both"),
         (args.first_round > 1 and not args.initial_ckpt, "--first_round needs a model to go on from: --initial_ckpt"),
         (len(set(args.sites)) < n_clients, "--sites has a name twice"),

@@ -86,7 +86,9 @@ def dead_process(run_folder: Path) -> str:
             text = log.read_text(errors="replace")
             if found := re.search(r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)", text):
                 return f"{found[1]} failed: its process was killed (see {run_folder / found[1] / 'log.txt'})"
-            if found := re.search(r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)", text):
+            if found := re.search(
+                r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)", text
+            ):
                 return f"{log.parent.name} failed: {found[1]} (see {log.with_name('log.txt')})"
     return ""
 

@@ -112,7 +112,7 @@ def print_summary(report: dict) -> None:
     if report["completed"] < settings["num_rounds"]:
         rounds += f" of {settings['num_rounds']} (stop_cond or patience was met)"
     print(f"\nDone: {rounds} on {count(all_sites, 'site')}.")
-    print(f"Data: {in_words(report['data'])}.")
+    print(f"Data: {report['data']['name']}.")
     if report["data"]["warning"]:
         print(f"      WARNING: {report['data']['warning'].partition('. ')[0]}; the reason stands above.")
     for site, events in report["lost_sites"].items():
@@ -167,14 +167,3 @@ def print_metrics(rows: dict[str, dict], sites: list[str], most_rows: int | None
 
 def count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def in_words(data: dict) -> str:
-    """Return what the sites trained and tested on, in words."""
-    if not data["sites"]:
-        return f"{data['name']}, each site's own"
-    sizes = []
-    for part in ("train_size", "test_size"):
-        least, most = (limit(site[part] for site in data["sites"].values()) for limit in (min, max))
-        sizes.append(str(most) if least == most else f"{least} to {most}")
-    return f"{data['name']}, {sizes[0]} training samples a site, {sizes[1]} test samples"

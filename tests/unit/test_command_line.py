@@ -24,7 +24,7 @@ def wrong_sort(tmp_path_factory):
         (folder / name).mkdir(parents=True)
     for name in ("job", "data", "model", "support", "nvflare", "torch", "random", "another/model", "another/script"):
         (folder / f"{name}.py").write_text("")
-    for name in ("empty.pt", "script.txt", "mine/hello-pt/thesis.tex", "blocked/hello-pt", "run/hello-pt/script.py"):
+    for name in ("empty.pt", "script.txt", "mine/hello-pt/thesis.tex", "blocked/hello-pt"):
         (folder / name).write_text("")
     (folder / "file_of_mine" / "hello-pt").mkdir(parents=True)
     (folder / "file_of_mine" / "hello-pt" / "server").write_text("")
@@ -108,7 +108,6 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
             for path in ("latin.py", "another/script.py", "another/model.py", f"{'x' * 300}.py")
         ),
         *(f"--train_script {name}.py" for name in ("job", "data", "model", "support", "nvflare", "torch", "random")),
-        "--train_script run/hello-pt/script.py --workspace run",
         "--train_args '",
         *(f"--train_args --x={value}" for value in ("{app_dir}", "{{x}}", "{$HOME}", '{"a":1}', "}")),
         "--cross_site_eval",

@@ -157,11 +157,14 @@ def test_link_to_an_earlier_run_is_renamed_and_what_it_leads_to_is_left_alone(tm
     assert not (tmp_path / "hello-pt").is_symlink() and (tmp_path / "hello-pt" / "server").is_dir()
 
 
-def test_earlier_run_gets_another_name_if_its_own_is_taken(tmp_path):
+def test_earlier_run_whose_new_name_is_taken_ends_the_run_and_loses_nothing(tmp_path):
     for round in range(2):
         (tmp_path / "hello-pt" / "server").mkdir(parents=True, exist_ok=True)
         (tmp_path / "hello-pt" / "server" / f"of run {round}").write_text("")
         os.utime(tmp_path / "hello-pt", (1e9, 1e9))  # at the same time
+        if round == 0:
+            begin(tmp_path)
+    with pytest.raises(OSError, match="not empty"):
         begin(tmp_path)
     assert {path.name for path in tmp_path.glob("hello-pt*/server/*")} == {"of run 0", "of run 1"}
 
