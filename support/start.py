@@ -1,11 +1,15 @@
 """Can the program begin? job.py imports this before all else."""
 
+import signal
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("job.py: error: Python 3.10 or later is needed")
 if sys.platform == "win32":
     sys.exit("job.py: error: Windows itself can't run this: use WSL, the Windows Subsystem for Linux")
+
+if sys.argv[0].endswith("job.py") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds: no traceback
 
 try:
     import data  # noqa: F401
