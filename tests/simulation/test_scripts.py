@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from conftest import REPO, changed_client, copy_repo, replace, run_job, running, succeed
+from conftest import REPO, changed_client, copy_repo, insert, replace, run_job, running, succeed
 from stages import ENDLESS, EVALUATION, MODEL, SMALL, cross_site_results, progress, scalars
 
 # Where a script fails: the line of the script in front of which it does, and how far that line is indented.
@@ -92,7 +92,7 @@ def test_run_whose_script_ends_early_ends_soon_and_says_why(tmp_path, stage, whe
     assert (run.folder / "summary.json").exists() == bool(complete)
 
 
-def test_script_that_holds_still_beyond_nvflares_half_minute_and_works_on_after_its_loop_is_waited_for(tmp_path):
+def test_script_that_holds_still_beyond_nvflares_half_minute_polls_and_works_on_after_its_loop_is_waited_for(tmp_path):
     hold = 'import ctypes; site_name == "site-2" and ctypes.PyDLL(None).sleep(45)'  # holds the interpreter, all threads
     after = f"""
         import atexit
@@ -103,6 +103,8 @@ def test_script_that_holds_still_beyond_nvflares_half_minute_and_works_on_after_
         print(site_name, "has drawn its curves")"""
     script = changed_client(tmp_path, "client.py", "    finally:", after)
     replace(script, "            train_loss = train(", f"{' ' * 12}{hold}\n            train_loss = train(")
+    poll = "assert not any(flare.receive(timeout=0.01) for _ in range(12))"  # there is no second task
+    insert(script, "            flare.send(local_model)  # (11) to the server\n", f"{' ' * 12}{poll}\n")
     run = succeed(tmp_path / "workspace", *SMALL, "--train_script", str(script))
     shown = run.output.partition("\nDone: ")[0].splitlines()
     for site in ("site-1", "site-2"):
