@@ -12,20 +12,19 @@ TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client sc
 OF_SERVER = ("Rounds", "WholeLocalModels")  # our loggers on the server
 
 
-def is_printed(logger: str, message: str) -> bool:
+def is_printed(logger: str, level: str, message: str) -> bool:
     """Tell whether a record of a site's log is what its client script printed."""
-    own = (
-        r"\[ME=|launching external trainer \(launch |HELLO accepted from |trainer readiness confirmed from |"
+    of_nvflare = (
+        r"launching external trainer \(launch |HELLO accepted from |trainer readiness confirmed from |"
         r"trainer session established: launch=|terminating trainer process group \(pgid=|"
-        r"trainer SHUTDOWN was not |trainer process group \(pgid=|CJ heartbeat |"
-        r"streamed response from \S+ failed asynchronously: "
+        r"\[ME=|CJ heartbeat |streamed response from \S+ failed asynchronously: "  # in the script's process
     )
-    return logger == TRAINER and not re.match(own, message)
+    return (logger, level) == (TRAINER, "INFO") and not re.match(of_nvflare, message)
 
 
-def to_show(logger: str, message: str) -> str | None:
+def to_show(logger: str, level: str, message: str) -> str | None:
     """Return what is shown of a record in a job's logs, if anything."""
-    if (is_printed(logger, message) and not message.startswith(ENDED)) or logger in OF_SERVER:
+    if (is_printed(logger, level, message) and not message.startswith(ENDED)) or logger in OF_SERVER:
         return CONTROLS.sub("", message)
     if logger == "CrossSiteModelEval" and "Beginning model validation" in message:
         return "the sites evaluate the models"
@@ -42,7 +41,7 @@ class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         logger = record.name.rpartition(".")[2]
         if record.levelno <= logging.WARNING and logger in (TRAINER, *OF_SERVER, "CrossSiteModelEval"):
-            text = to_show(logger, record.getMessage())
+            text = to_show(logger, record.levelname, record.getMessage())
             if text is not None:
                 with contextlib.suppress(OSError):  # job.py finds that out when it writes its summary
                     os.write(1, f"{text}\n".encode(errors="surrogateescape"))

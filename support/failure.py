@@ -61,7 +61,7 @@ def why_lost(run_folder: Path, site: str, events: list[list[str]]) -> str:
 
 def end_of_script(log: list[dict]) -> str:
     """Say how a client script ended, by its last line or by its status; return "" if it ended well, or never began."""
-    printed = [record["message"] for record in log if is_printed(record["name"], record["message"])]
+    printed = [r["message"] for r in log if is_printed(r["name"], r["levelname"], r["message"])]
     ends = [i for i, line in enumerate(printed) if line.startswith(ENDED)]
     if ends:
         end = printed[ends[-1]].removeprefix(ENDED)

@@ -96,11 +96,11 @@ class Follower:
         sites = [client.name for client in system.client_info]
         if not waiting:
             self.show_logs(session, sites)
-            # All else has ended, and scripts had 60 s more: NVFlare 2.9.0 waits up to 900 s for a lost site to say so.
+            # All else has ended, and scripts had 60 s more: NVFlare 2.9.0 waits 600 s for a lost site.
             if self.last_stats and self.last_answer - self.last_stats > 2 * LOST_AFTER:
                 session.abort_job(job_id)
         elif len(sites) < self.args.n_clients and self.last_answer - self.start > SITES_WITHIN:
-            self.problem = f"only {len(sites)} of {self.args.n_clients} sites were there in the last {SITES_WITHIN} s"
+            self.problem = f"after {SITES_WITHIN} s, only {len(sites)} of {self.args.n_clients} sites are there"
             session.abort_job(job_id)
             return False
         return True
@@ -130,7 +130,7 @@ class Follower:
     def show_records(self, records: list[dict]) -> None:
         """Show what is new in logs, in its order in time."""
         for record in sorted(records, key=lambda record: record["asctime"]):
-            message = to_show(record["name"], record["message"])
+            message = to_show(record["name"], record["levelname"], record["message"])
             if message is not None:  # what a script prints, or is refused for, may be the same again later
                 again = record["name"] in (TRAINER, "WholeLocalModels")
                 self.show_once(message, when=record["asctime"] if again else "")

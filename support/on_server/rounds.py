@@ -34,8 +34,8 @@ def printable(text: str) -> str:
 class Rounds(FLComponent):
     """Say in the server's log how the rounds get on, and keep in lost_sites.json which sites were lost, and why.
 
-    It reports a site to NVFlare as dead if its script could not start, or if its process for this job no longer
-    answers. Alone, NVFlare 2.9.0 waits 600 s for a silent client, and forever for a script that ended before
+    It reports a site to NVFlare as dead if the site says that it can't take part, or if its process for this job no
+    longer answers. Alone, NVFlare 2.9.0 waits 600 s for a silent client, and forever for a script that ended before
     flare.init() or for a client that was started again, whose heartbeats go on without the job.
 
     Args:
@@ -53,7 +53,7 @@ class Rounds(FLComponent):
         self.said = []
         self.lost = {}  # {site: [[what happened, in which round, why], ...]}
         self.at_work = {}  # {site: (what on, since when)}
-        self.could_not_start = set()
+        self.could_not_take_part = set()
         self.last_answer = {}
         self.start = time.monotonic()
         self.over = threading.Event()
@@ -63,7 +63,7 @@ class Rounds(FLComponent):
         peer = fl_ctx.get_peer_context()
         site = peer.get_identity_name() if peer else None
         if event_type == EventType.START_RUN:
-            # The number of sites that the job waited for to begin.
+            # To begin, the job waited for all sites. From now on, so many must be left.
             fl_ctx.get_prop(FLContextKey.JOB_META)[JobMetaKey.MIN_CLIENTS.value] = self.min_sites
             fl_ctx.get_engine().register_aux_message_handler(TOPIC, self.hear_last_word)
             threading.Thread(target=self.watch, args=(fl_ctx.get_engine(),), daemon=True).start()
@@ -96,7 +96,7 @@ class Rounds(FLComponent):
                 self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type == EventType.CLIENT_DISCONNECTED:
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
-            self.lose(site, fl_ctx, "could not start" if site in self.could_not_start else "was lost", "")
+            self.lose(site, fl_ctx, "could not take part" if site in self.could_not_take_part else "was lost", "")
         elif event_type == EventType.CLIENT_RECONNECTED:
             self.lose(fl_ctx.get_prop(FLContextKey.RECONNECTED_CLIENT_NAME), fl_ctx, "came back", "")
         elif event_type == InfoCollector.EVENT_TYPE_GET_STATS:  # asked for by whoever may view the job
@@ -132,14 +132,14 @@ class Rounds(FLComponent):
         self.last_news, self.silence = time.monotonic(), self.patience
 
     def hear_last_word(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
-        self.could_not_start.add(fl_ctx.get_peer_context().get_identity_name())
+        self.could_not_take_part.add(fl_ctx.get_peer_context().get_identity_name())
         return make_reply(ReturnCode.OK)
 
     def watch(self, engine) -> None:
         while not self.over.wait(ASK_EVERY):
             self.name_slow_sites()
             with engine.new_context() as fl_ctx:
-                for site in self.could_not_start | self.silent_sites(engine, fl_ctx):
+                for site in self.could_not_take_part | self.silent_sites(engine, fl_ctx):
                     # Each time, since the next workflow has to hear of it, too.
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 

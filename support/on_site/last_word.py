@@ -1,4 +1,4 @@
-"""What does a site tell the server when its script could not start?"""
+"""What does a site tell the server when it can't take part, since its script could not start, say?"""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ TOPIC = "hello_pt.last_word"
 class LastWord(FLComponent):
     """Tell the server that this site can't take part, and leave it to the server whether the job goes on.
 
-    NVFlare 2.9.0 stops a site's process for a job if the script ends before flare.init(), and doesn't tell the server.
+    If a script ends before flare.init(), NVFlare 2.9.0 stops the site's process for this job, and doesn't tell the
+    server.
 
-    It ends a job when a client reports that its process for the job failed, and doesn't say at which site. The client
-    reports what the exit-code file says, so we write 0 there, and the server (rounds.py) decides what the job can do
-    without.
+    If that process reports a failure, NVFlare ends the job, and doesn't say which site failed. It reports the exit code
+    that a file holds. This component writes 0 there, so that rounds.py decides whether the job goes on.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

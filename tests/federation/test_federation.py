@@ -173,9 +173,9 @@ def test_poc_whose_script_fails_at_its_start_on_one_site_ends_or_goes_on_without
     else:
         assert (run.status, run.errors) == (0, "")
         report = run.report()
-        assert report["lost_sites"] == {"hospital-b": [["could not start", "round 1/2", ""]]}
+        assert report["lost_sites"] == {"hospital-b": [["could not take part", "round 1/2", ""]]}
         assert [set(row) for row in report["rounds"]] == [{"hospital-a", "hospital-c"}] * 2
-        assert "Lost: hospital-b could not start in round 1/2.\n" in run.output
+        assert "Lost: hospital-b could not take part in round 1/2.\n" in run.output
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_wrong_kits_people_without_the_right_too_few_sites_and_a_server_that_doe
         (silent.kit(LEAD), [], "no connection to the federation, or refused by it"),
         (federation.kit("guest@north.org"), [], "'guest@north.org' is not authorized for 'submit_job'"),
         (federation.kit("operator@south.org"), [], "'operator@south.org' is not authorized for 'submit_job'"),
-        (federation.kit(LEAD), ["--n_clients", "4"], "only 3 of 4 sites were there in the last 60 s"),
+        (federation.kit(LEAD), ["--n_clients", "4"], "after 60 s, only 3 of 4 sites are there"),
     ]
     processes = []
     for i, (kit, flags, _) in enumerate(accidents):  # side by side, since most of it is waiting

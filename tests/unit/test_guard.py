@@ -71,13 +71,14 @@ def test_workspace_of_another_user_is_refused(workspace):
 
 def test_site_can_colour_what_it_prints_and_do_nothing_else_to_a_terminal():
     printed = "\x1b[32mgreen\x1b[0m\tGröße\x1b[2J\x1b]0;title\x07\x9b2J\r\x08\nline"
-    assert to_show(TRAINER, printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
+    assert to_show(TRAINER, "INFO", printed) == "\x1b[32mgreen\x1b[0m\tGröße[2J]0;title2Jline"
     assert one_line(printed) == "green Größe [2J ]0;title 2J line"  # in the last line, not even that
 
 
 def test_nvflares_own_line_is_not_shown_as_a_scripts():
     own = "streamed response from site-1.simulate_job.client_api_trainer_1 failed asynchronously: StreamError: shutdown"
-    assert to_show(TRAINER, own) is None and to_show(TRAINER, f"I say {own}") == f"I say {own}"
+    assert to_show(TRAINER, "INFO", own) is None and to_show(TRAINER, "INFO", f"I say {own}") == f"I say {own}"
+    assert to_show(TRAINER, "WARNING", "rejecting RESULT_READY: stale session id") is None  # scripts' lines are INFO
 
 
 def test_errors_of_ours_are_told_by_their_text_and_others_with_their_type():

@@ -92,7 +92,7 @@ def test_last_line_is_not_shown_and_says_the_reason_with_what_was_printed_before
     _, printed, end = run(f"{PRINTED_TRACEBACK}sys.exit('the GPU is too small')")
     log = [{"name": TRAINER, "levelname": "INFO", "message": line} for line in (*printed, ENDED + end)]
     assert end_of_script(log) == "its script ended with status 1: the GPU is too small"
-    assert to_show(TRAINER, ENDED + end) is None and to_show(TRAINER, printed[-1]) == printed[-1]
+    assert to_show(TRAINER, "INFO", ENDED + end) is None and to_show(TRAINER, "INFO", printed[-1]) == printed[-1]
 
 
 def test_wrong_thing_to_send_is_told_with_the_scripts_own_line(run):

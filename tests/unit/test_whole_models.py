@@ -127,7 +127,7 @@ def test_bad_model_of_a_site_that_can_be_spared_is_passed_over_and_a_line_says_w
     (record,) = [record for record in caplog.records if record.name.endswith(".WholeLocalModels")]
     line = record.getMessage()
     assert line.startswith(f"site-2  refused: {reason}") and len(line) < 400 and line.isprintable()
-    assert to_show(record.name.rpartition(".")[2], line) == line
+    assert to_show(record.name.rpartition(".")[2], record.levelname, line) == line
 
 
 def test_last_line_of_a_job_is_one_line_whatever_a_site_calls_its_tensors(tmp_path):
