@@ -3,7 +3,6 @@
 import argparse
 import functools
 import socket
-import sys
 from pathlib import Path
 
 import torch
@@ -83,6 +82,7 @@ def download_and_decode(root: Path) -> dict[str, list[torch.Tensor]]:
     """Read CIFAR-10 through torchvision, which checks every file and downloads what is missing or damaged (170 MB)."""
     from torchvision.datasets import CIFAR10  # here, since whoever maps the decoded file does without it
 
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)  # torchvision sets none
     try:
         datasets = {name: CIFAR10(root, train=name == "train", download=True) for name in ("train", "test")}
@@ -94,7 +94,7 @@ def download_and_decode(root: Path) -> dict[str, list[torch.Tensor]]:
             "or name a folder that has it with --data_root, or choose --dataset synthetic"
         ) from error
     finally:
-        socket.setdefaulttimeout(None)
+        socket.setdefaulttimeout(timeout)
     return {
         name: [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
         for name, part in datasets.items()
@@ -132,7 +132,7 @@ def main() -> None:
     try:
         train_set, test_set = load_cifar10(Path(root).expanduser())
     except DataError as error:
-        sys.exit(f"cifar10.py: error: {error}")
+        raise SystemExit(f"cifar10.py: error: {error}") from error
     print(f"CIFAR-10 is ready in {root}: {len(train_set)} training and {len(test_set)} test images")
 
 

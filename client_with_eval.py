@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sites", nargs="+", default=["site-1", "site-2"])  # that --split divides the data among
+    parser.add_argument("--sites", nargs="+", default=["site-1", "site-2"])  # all of them, for --split
     add_data_flags(parser)
     return parser.parse_args()
 
@@ -94,7 +94,7 @@ def main():
             local_model = flare.FLModel(  # (10) the local model
                 params=model.state_dict(),
                 metrics={"train_loss": train_loss, **metrics},
-                meta={"NUM_STEPS_CURRENT_ROUND": steps},  # NVFlare's name of FedAvg's weight
+                meta={"NUM_STEPS_CURRENT_ROUND": steps},  # this site's weight in the mean
             )
             flare.send(local_model)  # (11) to the server
     finally:

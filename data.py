@@ -1,6 +1,6 @@
 """What a site trains on. To use data of your own, replace the four functions that are called from elsewhere.
 
-job.py calls add_data_flags, prepare_data and load_data; the clients add_data_flags, load_data and make_loader.
+The job calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
 """
 
 import argparse

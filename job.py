@@ -1,6 +1,6 @@
 """Federated averaging of SimpleNetwork: the recipe, and where it runs."""
 
-import support.start  # isort: skip  # noqa: F401 - first, since it says so if Python is too old
+import support.start  # isort: skip  # noqa: F401 - comes first: it ends the program if Python is too old
 
 import argparse
 import shlex
@@ -56,16 +56,14 @@ def make_recipe(args: argparse.Namespace, data: dict) -> FedAvgRecipe:
     """FedAvg (McMahan et al. 2017, arXiv:1602.05629) of the model with the client script on every site."""
     key_metric, mode = KEY_METRIC
     recipe = FedAvgRecipe(
-        name="hello-pt",
+        name="hello-pt",  # JOB_NAME in support/text.py, too
         model={"class_path": "model.create_model", "args": {"seed": args.seed}},  # the server calls it
         initial_ckpt=args.initial_ckpt,
-        min_clients=args.clients_per_round,  # how many a round draws
+        min_clients=args.clients_per_round,  # how many sites a round draws
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=arguments.script_flags(args, data),
-        # True: each script is a process of its own, and its death is reported. False: it runs in NVFlare's client
-        # process, and NVFlare 2.9.0 waits forever if that is killed.
-        launch_external_process=True,
+        launch_external_process=True,  # each script is a process of its own, which support/ starts and watches
         launch_timeout=3600,  # seconds until the script calls flare.init
         shutdown_timeout=60,  # seconds for what the script does after the last round
         key_metric=key_metric,
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         recipe = make_recipe(args, data)
         env = make_env(args)
         job = recipe.execute(env)  # given --export, NVFlare writes the job's folder instead, and exits
-        # NVFlare's job.get_result turns a failure into a warning, and deletes what a proof of concept leaves.
+        # Not NVFlare's job.get_result, which turns a failure into a warning.
         run.sum_up(env.get_job_result(job.job_id))
 
 

@@ -14,7 +14,7 @@ from support.text import HERE, JOB_NAME, describe, one_line
 
 TRAIN_FLAGS = ["epochs", "batch_size", "lr", "seed"]  # of every client script, beside --sites
 LIMITED = ["num_threads", "clients_per_round", "min_sites"]  # at most all sites, which is the default
-COMPLETED = {"command", "export", "evaluates", "run_folder", "earlier_run"}  # names that complete() adds
+COMPLETED = {"command", "export", "evaluates", "run_folder", "earlier_run"}  # names that are added to args
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ def complete(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namesp
         for mistaken, message in mistakes(args):
             if mistaken:
                 raise ValueError(message)
-        script_flags(args, {})
+        script_flags(args, {})  # for its errors
         for name in LIMITED:
             setattr(args, name, getattr(args, name) or args.n_clients)
         moment = args.run_folder.lstat().st_mtime if args.run_folder.exists() else time.time()

@@ -44,17 +44,17 @@ class Stopped(SystemExit):
 def ended_by_signals() -> Iterator[None]:
     """Make SIGINT, SIGTERM and SIGHUP end this process as an exception does, with the status 128 + signal."""
 
+    before = {}
+
     def stop(number, frame):
         for other in before:
             signal.signal(other, signal.SIG_IGN)  # nothing disturbs the clean-up
         raise Stopped(128 + number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # where Python handles signals
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if in_main_thread else []
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
-    for number in before:
-        signal.signal(number, stop)
+    if threading.current_thread() is threading.main_thread():  # where Python handles signals
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # what is ignored stays so
+                before[number] = signal.signal(number, stop)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from nvflare.app_common.logging.job_log_receiver import JobLogReceiver
+from nvflare.app_common.logging.job_log_streamer import JobLogStreamer
 from nvflare.recipe.spec import Recipe
 
 from model import create_model
@@ -23,7 +24,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     A round may lack n_clients - min_sites of the sites that it draws.
     """
     check_model(create_model(args.seed).state_dict())  # which the server will call
-    send_along(recipe, args)
+    send_along(recipe, args)  # comes first, since NVFlare 2.9.0 then adds the executor that is changed below
     spare = args.n_clients - args.min_sites
     job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
     job.job.min_clients = args.n_clients  # to begin; the recipe's min_clients is also how many a round draws
@@ -36,7 +37,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     job.to_clients(LastWord())
     recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
     recipe.add_server_input_filter(WholeSubmittedModels(), tasks=["submit_model"])
-    # A site that is reported as dead is dead at once. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
+    # Believe it at once if a site is reported as dead. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
     # start of each later round.
     recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
     executor = job._deploy_map["@ALL"].app_config.executors[0].executor  # of all sites
@@ -46,8 +47,9 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     # In place of NVFlare's own `python3 -u`, in front of the script's path and flags.
     executor._command[:2] = [python, "-u", "custom/support/on_site/run_script.py"]
     if args.env == "poc" or args.enable_log_streaming:
-        recipe.enable_log_streaming()  # of log.json, from where job.py reads what scripts print
-        # In place of the receiver that this adds: NVFlare 2.9.0 looks for live logs where the job's server works.
+        # Both of recipe.enable_log_streaming(), with another folder: NVFlare 2.9.0 writes live logs to the one for
+        # temporary files, and looks for them where the job's server works.
+        job.to_clients(JobLogStreamer(log_file_name="log.json"))  # has what scripts print
         job.to_server(JobLogReceiver(dest_dir="."))
     if args.env == "sim" and not args.export:
         # Sites ask for work each 0.2 s, not each 2 s.

@@ -4,8 +4,8 @@ import argparse
 import json
 import math
 import pickle
-import statistics
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -47,15 +47,15 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
             if (count := len(models.get(model, {}))) < args.min_sites:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
     name, mode = KEY_METRIC
-    best = None
-    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # so many made it
-    for model, round in ((BEST_MODEL, best_round), (FINAL_MODEL, final_round)):
+    global_models = []
+    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # so many rounds made it
+    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the later one is better
         values = {site: metrics[name] for site, metrics in models.get(model, {}).items() if name in metrics}
         if values:
-            mean = statistics.mean(values.values())
             without = sorted(models[model].keys() - values.keys())
-            if best is None or mean == best[name] or (mean > best[name]) == (mode == "max"):  # the later one of equals
-                best = {"name": model, name: mean, "round": round, "without": without}
+            global_models.append({"name": model, name: mean(values.values()), "round": round, "without": without})
+    sign = 1 if mode == "max" else -1
+    best = max(global_models, key=lambda model: sign * model[name], default=None)
     files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
     return {
         "completed": rounds,

@@ -59,7 +59,7 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
         complete = run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt"))
         left = f"the rounds before are in {args.run_folder}" if complete else "no round was complete"
         print(f"job.py: stopped; {stopped.left or left}", file=sys.stderr, flush=True)
-        if getattr(sys.modules["__main__"], "__file__", None) == str(HERE / "job.py"):
+        if os.path.realpath(getattr(sys.modules["__main__"], "__file__", "")) == str(HERE / "job.py"):
             os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
         raise
     except SystemExit as stop:
@@ -70,14 +70,20 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
         reason = reason_of_failure(args, error) if isinstance(error, JobFailed) else describe(error)
         if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
             reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            try:
-                os.write(1, b"\n")
-            except OSError as unwritable:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
-                reason = f"can't write to standard output: {unwritable.strerror}"
+        if isinstance(error, OSError) and error.errno and not error.filename:  # of print, perhaps
+            reason = unwritable_output() or reason
         print(f"job.py: error: {reason}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) and not run.begun else 1)
+
+
+def unwritable_output() -> str:
+    """Say why standard output can't be written, since it is a closed pipe, say; return "" if it can."""
+    try:
+        os.write(1, b"\n")
+        return ""
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
+        return f"can't write to standard output: {error.strerror}"
 
 
 def make_room(args: argparse.Namespace) -> None:

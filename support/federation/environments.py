@@ -11,7 +11,7 @@ import nvflare.recipe
 from nvflare.job_config.api import FedJob
 
 from support.federation.follow import LOGIN_TIMEOUT, LOST_AFTER, follow_and_fetch
-from support.process import share_cores
+from support.process import Stopped, share_cores
 
 POC_PORT = 8002  # of the server, by NVFlare's default
 
@@ -56,7 +56,7 @@ class ProdEnv(nvflare.recipe.ProdEnv):
     def get_job_result(self, job_id: str, timeout: float = 0.0) -> str:
         try:
             return follow_and_fetch(job_id, self.username, self.startup_kit_location, self.args)
-        except SystemExit as stopped:
+        except Stopped as stopped:
             stopped.left = f"the federation goes on with job {job_id}"
             raise
 

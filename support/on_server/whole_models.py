@@ -106,14 +106,14 @@ class WholeSubmittedModels(Filter):
 class WholeGlobalModels(PersistorFilter):
     """Refuse to save a global model of too few sites: the file keeps that of the round before, and the job ends."""
 
-    def __init__(self, min_sites: int):
+    def __init__(self, min_models: int):
         super().__init__()
-        self.min_sites = min_sites
+        self.min_models = min_models
 
     def process_pre_save(self, learnable: ModelLearnable, fl_ctx: FLContext) -> ModelLearnable:
         meta = learnable[ModelLearnableKey.META]
-        if meta["nr_aggregated"] < self.min_sites:
-            what = f"of {meta['nr_aggregated']} of {self.min_sites} sites, and was not saved"
+        if meta["nr_aggregated"] < self.min_models:
+            what = f"of {meta['nr_aggregated']} of {self.min_models} sites, and was not saved"
             raise ValueError(f"the global model of round {meta['current_round'] + 1} is {what}")
         return learnable
 
