@@ -132,7 +132,7 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = No
     """
     if shuffle_by:
         torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))
-    return DataLoader(dataset, batch_size, shuffle=shuffle_by is not None, collate_fn=collate)
+    return DataLoader(dataset, batch_size, shuffle=bool(shuffle_by), collate_fn=collate)
 
 
 def collate(samples: list | tuple) -> list | tuple:

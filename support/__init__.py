@@ -16,5 +16,5 @@ results.py       What NVFlare left, read once, checked once.
 summary.py       What is shown: the table at the start, the summary at the end; and summary.json.
 federation/      For --env poc and prod alone.
 on_server/       Travels with the job to the server.
-on_site/         Travels with the job to the sites.
+on_site/         Travels with the job to the sites, and starts the client script there.
 """

@@ -14,7 +14,13 @@ from support.text import HERE, JOB_NAME, describe, one_line
 
 TRAIN_FLAGS = ["epochs", "batch_size", "lr", "seed"]  # of every client script, beside --sites
 LIMITED = ["num_threads", "clients_per_round", "min_sites"]  # at most all sites, which is the default
-COMPLETED = {"command", "export", "evaluates", "run_folder", "earlier_run"}  # names that are added to args
+COMPLETED = {
+    "command",
+    "export",
+    "evaluates",
+    "run_folder",
+    "earlier_run",
+}  # added to args: no flags of data.py
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -58,10 +64,12 @@ def complete(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namesp
         script_flags(args, {})  # for its errors
         for name in LIMITED:
             setattr(args, name, getattr(args, name) or args.n_clients)
+        if (groups := types.gpu_groups(args.gpu)) > 1:
+            args.num_threads = groups  # NVFlare 2.9.0 trains one site on each group at a time
         moment = args.run_folder.lstat().st_mtime if args.run_folder.exists() else time.time()
         args.earlier_run = args.workspace / time.strftime(f"{JOB_NAME}-%Y-%m-%d-%H%M%S", time.localtime(moment))
         if args.initial_ckpt:
-            if args.run_folder in args.initial_ckpt.parents and not args.export:  # which renames nothing
+            if args.run_folder in args.initial_ckpt.parents and not args.export:  # the run will rename that folder
                 args.initial_ckpt = args.earlier_run / args.initial_ckpt.relative_to(args.run_folder)
             # NVFlare 2.9.0 sends a checkpoint along if its path is relative, here to the folder that a run works in.
             args.initial_ckpt = os.path.relpath(args.initial_ckpt, os.getcwd() if args.export else HERE)
@@ -74,14 +82,14 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     """Return the possible conflicts of flags: whether there is one, and what is said of it."""
     run_folder, n_clients = args.run_folder, args.n_clients
     simulated, on_sites = args.env == "sim" and not args.export, args.env == "prod" or args.export
-    spare = n_clients - (args.min_sites or n_clients)
+    spare = n_clients - (args.min_sites or n_clients)  # how many sites the job may lose
     too_many = [name for name in LIMITED if (getattr(args, name) or 0) > n_clients]
     data_root = getattr(args, "data_root", None)  # data of your own may do without
     data_root = "/" if data_root is None else str(data_root)
     export_dir = any(word.startswith("--export-dir") for word in sys.orig_argv)
     places = [sys.executable, tempfile.gettempdir(), str(args.workspace)]
     unfit = [place for place in places if re.search(r"""[\s'"#\\]""", place)]  # which NVFlare 2.9.0 splits as a shell
-    groups = len(re.findall(r"\[[^]]*\]|[0-9]+", args.gpu or ""))
+    kit = args.startup_kit and args.startup_kit / "startup" / "fed_admin.json"
     foreign = os.path.lexists(run_folder) and not (run_folder / "server").is_dir()
     return [
         (foreign and not args.export, f"{run_folder} is no earlier run: move it, or choose another --workspace"),
@@ -90,7 +98,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (len(set(args.sites)) < n_clients, "--sites has a name twice"),
         (too_many, f"--{' and --'.join(too_many)} can't be more than the {n_clients} sites"),
         ((args.num_threads or args.gpu) and not simulated, "--num_threads and --gpu are for a run with --env sim"),
-        (groups > n_clients, f"--gpu {args.gpu} has more groups than there are sites"),
+        (types.gpu_groups(args.gpu) > n_clients, f"--gpu {args.gpu} has more groups than there are sites"),
         (args.enable_log_streaming and not on_sites, "--enable_log_streaming is for --env prod and --export"),
         (args.export and args.env != "sim", f"--export and --env {args.env} are two ways to use a job: choose one"),
         ((args.env == "prod") != (args.startup_kit is not None), "--env prod and --startup_kit go together"),
@@ -99,6 +107,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (args.cross_site_eval and not args.evaluates, "--cross_site_eval needs a script that calls is_evaluate"),
         (on_sites and data_root[:1] not in ("/", "~", "$"), "--data_root is on the sites: begin it with /, ~ or $"),
         (unfit and not on_sites, f"NVFlare can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
+        (kit and not kit.is_file(), f"{args.startup_kit} is not an admin's startup kit: no startup/fed_admin.json"),
     ]
 
 
@@ -123,7 +132,7 @@ def script_flags(args: argparse.Namespace, data: dict) -> str:
     words = []
     given = shlex.split(args.command)[2:]
     _, others = parser.parse_known_args(given)
-    for word in given:  # others has those that aren't data.py's, in their order
+    for word in given:  # parsed values would lose how they were given; others has job.py's words, in their order
         if others and word == others[0]:
             others.pop(0)
         else:

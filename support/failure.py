@@ -25,8 +25,11 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
     if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
         return of_server
-    for raised in filter(None, (first_exception(record["message"]) for record in errors(server_log))):
-        if not raised.endswith(NOT_READY):
+    for record in errors(server_log):
+        raised = first_exception(record["message"])
+        if record["name"] == "SimulatorRunner":  # what it refuses, such as a GPU that isn't there
+            raised = raised or one_line(record["message"])
+        if raised and not raised.endswith(NOT_READY):
             return f"server failed: {raised}{see_server}"
     return failed_script(args, job_failed=True) or of_server
 
@@ -34,10 +37,12 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
 def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     """Say which site's script failed, by how the scripts ended; return "" if none did, as far as it is known here."""
     lost = read_lost_sites(args.run_folder)  # which the job did without
-    # NVFlare 2.9.0 itself ends the scripts of a job that failed, and all but the last ones with few --num_threads. In
-    # prod, the end of a log may not have come.
+    # In prod, a site's name may be in no flag.
+    sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
+    # NVFlare 2.9.0 itself kills the scripts of a job that failed. With few --num_threads it kills each script that has
+    # no thread at the end. In prod, the end of a log may not have come.
     may_be_killed = job_failed or args.num_threads < args.n_clients or args.env == "prod"
-    for site in (site for site in args.sites if site not in lost):
+    for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
         end = end_of_script(log)
         if end and not (end == KILLED and may_be_killed):
@@ -60,7 +65,7 @@ def why_lost(run_folder: Path, site: str, events: list[list[str]]) -> str:
 
 
 def end_of_script(log: list[dict]) -> str:
-    """Say how a client script ended, by its last line or by its status; return "" if it ended well, or never began."""
+    """Say how a client script ended, by its last line or its status; return "" if it ended well or there is no log."""
     printed = [r["message"] for r in log if is_printed(r["name"], r["levelname"], r["message"])]
     ends = [i for i, line in enumerate(printed) if line.startswith(ENDED)]
     if ends:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model import create_model
-from support.text import HERE, describe, one_line
+from support.text import HERE, MODULES, describe, one_line
 
 ENTRIES = ["state_dict", "model_state_dict"]  # in which tutorials put the weights
 RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # modules, and no script's name
@@ -46,6 +46,11 @@ def gpus(text: str) -> str:
     return text
 
 
+def gpu_groups(text: str | None) -> int:
+    """Return how many groups a list of GPUs has."""
+    return len(re.findall(r"\[[^]]*\]|[0-9]+", text or ""))
+
+
 def client_script(text: str) -> Path:
     """Find a client script as given, or beside job.py, and see that it can be sent to the sites."""
     found = [path for path in (Path(text), HERE / text) if path.suffix == ".py" and os.path.isfile(path)]
@@ -59,11 +64,12 @@ def client_script(text: str) -> Path:
     loaded = getattr(sys.modules.get(script.stem), "__file__", None)
     if script.stem in RESERVED or loaded not in (None, str(script)):
         raise argparse.ArgumentTypeError(f"{text!r} has the name of a module that the job needs: rename the script")
-    model = script.with_name("model.py")
-    if model.exists() and not model.samefile(HERE / "model.py"):  # a job holds one module of a name
-        raise argparse.ArgumentTypeError(
-            f"{text!r} has another model.py beside it: move it, or run that folder's job.py"
-        )
+    for module in MODULES:  # a job holds one module of a name
+        beside = script.with_name(module)
+        if beside.exists() and not beside.samefile(HERE / module):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} has another {module} beside it: move it, or run that folder's job.py"
+            )
     return script
 
 
@@ -82,7 +88,7 @@ def checkpoint(text: str) -> Path:
         model = create_model()
     except (Exception, SystemExit) as error:
         raise argparse.ArgumentTypeError(f"create_model failed with {describe(error)}") from error
-    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # a mask may hold infinity
+    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # a mask may hold -inf by design
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         weights = weights.get("model", weights)  # where NVFlare puts them

@@ -12,10 +12,10 @@ from model import create_model
 from support.on_server.rounds import Rounds
 from support.on_server.whole_models import WholeGlobalModels, WholeLocalModels, WholeSubmittedModels
 from support.on_site.last_word import LastWord
-from support.text import HERE, describe
+from support.text import HERE, MODULES, describe
 
-SILENCE = 900  # seconds without a heartbeat of a client script, after which it is given up
-PATIENCE = 120  # seconds without a task or a result, after which the server names the sites that are at work
+SCRIPT_SILENT_AFTER = 900  # seconds without a heartbeat, after which a client script is given up
+NAME_SLOW_AFTER = 120  # seconds without a task or a result, after which the server names the sites that are at work
 
 
 def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -24,14 +24,14 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     A round may lack n_clients - min_sites of the sites that it draws.
     """
     check_model(create_model(args.seed).state_dict())  # which the server will call
-    send_along(recipe, args)  # comes first, since NVFlare 2.9.0 then adds the executor that is changed below
+    send_along(recipe, args)  # comes first: with the first file, NVFlare 2.9.0 makes the executor that is changed below
     spare = args.n_clients - args.min_sites
     job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
-    job.job.min_clients = args.n_clients  # to begin; the recipe's min_clients is also how many a round draws
+    job.job.min_clients = args.n_clients  # so many must be there to begin
     server_app = job._deploy_map["server"].app_config
     server_app.workflows[0].controller.start_round = args.first_round - 1  # FedAvg's
     last_round = args.first_round - 1 + args.num_rounds
-    job.to_server(Rounds(last_round, args.min_sites, spare > 0, args.seed, PATIENCE))
+    job.to_server(Rounds(last_round, args.min_sites, spare > 0, args.seed, NAME_SLOW_AFTER))
     job.to_server(WholeGlobalModels(args.clients_per_round - spare), id="whole_global_models")
     server_app.components["persistor"].filter_id = "whole_global_models"
     job.to_clients(LastWord())
@@ -42,7 +42,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
     executor = job._deploy_map["@ALL"].app_config.executors[0].executor  # of all sites
     # NVFlare 2.9.0 ends a job whose script is silent for 30 s, as in a long C call. No recipe can change that.
-    executor._heartbeat_timeout = SILENCE
+    executor._heartbeat_timeout = SCRIPT_SILENT_AFTER
     python = sys.executable if args.env in ("sim", "poc") and not args.export else "python3"
     # In place of NVFlare's own `python3 -u`, in front of the script's path and flags.
     executor._command[:2] = [python, "-u", "custom/support/on_site/run_script.py"]
@@ -68,13 +68,12 @@ def check_model(weights: dict) -> None:
 
 
 def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Send the modules and packages that a client script needs: those beside it, or else those from here."""
+    """Send the modules and packages that a client script needs, those beside it too."""
     # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to its path below an entry of sys.path.
     sys.path.append(str(args.train_script.parent))
     recipe.add_client_file(str(HERE / "support" / "on_site" / "run_script.py"))
-    for module in ("data.py", "cifar10.py", "model.py"):
-        if not (args.train_script.parent / module).exists():
-            recipe.add_client_file(str(HERE / module))
+    for module in MODULES:
+        recipe.add_client_file(str(HERE / module))
     # NVFlare 2.9.0 follows imports of modules, but not of packages.
     beside = [*HERE.glob("*/__init__.py"), *args.train_script.parent.glob("*/__init__.py")]
     for name, folder in {file.parent.name: str(file.parent) for file in beside}.items():

@@ -115,7 +115,7 @@ def only_run(run_folder: Path) -> Iterator[None]:
             raise OSError(f"process {orphans[0].pid} (the simulation of a killed job.py) is {at_work}")
         os.environ |= {
             RUN_VARIABLE: str(run_folder),
-            "TMPDIR": scratch,  # of processes that may be killed before they tidy up
+            "TMPDIR": scratch,  # so that temporary files go, even those of a killed process
         }
         # Where `python -m`, which starts the server, looks first, so that it finds this model.py and no other: NVFlare
         # 2.9.0 puts a job's code behind all else in sys.path.

@@ -37,7 +37,7 @@ class SimEnv(nvflare.recipe.SimEnv):
         share_cores(self.num_threads)
         self.log_config = str(write_log_config())
         if self.gpu_config and not torch.cuda.is_available():
-            print("WARNING: PyTorch finds no GPU here, so --gpu changes nothing.")
+            print("WARNING: PyTorch finds no GPU here: the sites train on the CPU, in spite of --gpu.")
         print(f"NVFlare's logs: {self.run_folder}/*/log.txt", flush=True)
         over = threading.Event()
         threading.Thread(target=self.watch, args=(over,), daemon=True).start()

@@ -12,7 +12,11 @@ if sys.argv[0].endswith("job.py") and signal.getsignal(signal.SIGINT) != signal.
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds: no traceback
 
 try:
+    import nvflare  # noqa: F401
+
     import data  # noqa: F401
     import model  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"job.py: error: {error}: is the virtual environment active, and everything installed?")
 except SystemExit:  # which would end job.py without a word, and with its own status
     sys.exit("job.py: error: data.py or model.py called sys.exit while it was imported")

@@ -141,7 +141,7 @@ def print_summary(report: dict) -> None:
     print(f"\nTensorBoard:\n  {report['tensorboard_command']}")
     print()
     command, first_round = settings["command"], settings["first_round"]
-    if not settings["evaluates"]:
+    if settings["train_script"] == HERE / "client.py":
         if settings["initial_ckpt"]:  # which may have another path by now
             command = start_from(command, os.path.normpath(HERE / settings["initial_ckpt"]), first_round)
         print(f"How good is the model?\n  {command} --train_script client_with_eval.py")

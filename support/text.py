@@ -8,6 +8,7 @@ from support.on_site.run_script import in_one_line
 
 HERE = Path(__file__).resolve().parent.parent
 JOB_NAME = "hello-pt"
+MODULES = ["model.py", "data.py", "cifar10.py"]  # that a job holds beside the client script
 CONTROLS = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0a-\x1a\x1c-\x1f\x7f-\x9f]")  # all but tabs and colours
 
 

@@ -42,12 +42,8 @@ class ProdEnv(nvflare.recipe.ProdEnv):
 
     def __init__(self, args: argparse.Namespace):
         kit = args.startup_kit
-        try:
-            admin = json.loads((kit / "startup" / "fed_admin.json").read_text())
-            user = str(admin["admin"]["username"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise OSError(f"{kit} is not an admin's startup kit: no startup/fed_admin.json") from error
-        super().__init__(str(kit), LOGIN_TIMEOUT, user)
+        admin = json.loads((kit / "startup" / "fed_admin.json").read_text())["admin"]
+        super().__init__(str(kit), LOGIN_TIMEOUT, admin["username"])
         self.args = args
 
     def deploy(self, job: FedJob) -> str:

@@ -96,7 +96,8 @@ class Follower:
         sites = [client.name for client in system.client_info]
         if not waiting:
             self.show_logs(session, sites)
-            # All else has ended, and scripts had 60 s more: NVFlare 2.9.0 waits 600 s for a lost site.
+            # No answer for two minutes: the job has ended at all sites but a lost one, and NVFlare 2.9.0 waits 600 s
+            # for that. The scripts had their 60 s.
             if self.last_stats and self.last_answer - self.last_stats > 2 * LOST_AFTER:
                 session.abort_job(job_id)
         elif len(sites) < self.args.n_clients and self.last_answer - self.start > SITES_WITHIN:

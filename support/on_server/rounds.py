@@ -86,19 +86,19 @@ class Rounds(FLComponent):
             code = fl_ctx.get_prop(FLContextKey.TASK_RESULT).get_return_code()
             reason = fl_ctx.get_prop(REFUSED)
             if reason is not None or code not in (ReturnCode.OK, ReturnCode.TASK_ABORTED):
-                self.lose(site, fl_ctx, "was left out", reason or "")
+                self.note(site, fl_ctx, "was left out", reason or "")
         elif event_type == AppEventType.AFTER_CONTRIBUTION_ACCEPT:
             if fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED):
                 self.report(site, fl_ctx)
         elif event_type == AppEventType.AFTER_AGGREGATION:
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
-            if self.spare or not self.lost:  # else the mean isn't kept
+            if self.spare or not self.lost:  # else WholeGlobalModels refuses this mean
                 self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type == EventType.CLIENT_DISCONNECTED:
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
-            self.lose(site, fl_ctx, "could not take part" if site in self.could_not_take_part else "was lost", "")
+            self.note(site, fl_ctx, "could not take part" if site in self.could_not_take_part else "was lost", "")
         elif event_type == EventType.CLIENT_RECONNECTED:
-            self.lose(fl_ctx.get_prop(FLContextKey.RECONNECTED_CLIENT_NAME), fl_ctx, "came back", "")
+            self.note(fl_ctx.get_prop(FLContextKey.RECONNECTED_CLIENT_NAME), fl_ctx, "came back", "")
         elif event_type == InfoCollector.EVENT_TYPE_GET_STATS:  # asked for by whoever may view the job
             fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR).add_info("rounds", {"said": self.said[-1000:]})
 
@@ -109,15 +109,15 @@ class Rounds(FLComponent):
     def report(self, site: str, fl_ctx: FLContext) -> None:
         """Say what a site reports of a round."""
         if site in self.lost:
-            self.lose(site, fl_ctx, "came back", "")
+            self.note(site, fl_ctx, "came back", "")
         metrics = from_shareable(fl_ctx.get_prop(AppConstants.TRAINING_RESULT)).meta.get(MetaKey.INITIAL_METRICS) or {}
         texts = (
             f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
         )
         self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
 
-    def lose(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
-        """Keep what happened to a site, unless it is the same as before; say it if the job can go on without it."""
+    def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
+        """Keep what happened to a site, unless it is the same as before; say it if the job can do without the site."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
         if events and events[-1][0] == what:
@@ -140,7 +140,7 @@ class Rounds(FLComponent):
             self.name_slow_sites()
             with engine.new_context() as fl_ctx:
                 for site in self.could_not_take_part | self.silent_sites(engine, fl_ctx):
-                    # Each time, since the next workflow has to hear of it, too.
+                    # Each time, since this reaches the current workflow alone, and the next one must hear of it, too.
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 
     def name_slow_sites(self) -> None:

@@ -1,7 +1,7 @@
 """Which models count? The server refuses what would spoil the mean, adds up in float64, and keeps the tensors' types.
 
-Of a tensor that a site leaves out, NVFlare 2.9.0's FedAvg takes the mean of the others' or keeps the old values. A step
-count that is not a positive number counts as 1. A mean of the few that answered replaces that of all.
+Without this, NVFlare 2.9.0's FedAvg takes the mean of the others' if a site leaves out a tensor, or keeps its old
+values. It counts a number of steps that isn't positive as 1. And it saves a mean of the few that answered.
 """
 
 import torch

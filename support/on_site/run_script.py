@@ -69,9 +69,9 @@ def watch_calls() -> None:
 
 
 def in_plain_types(model: flare.FLModel) -> flare.FLModel:
-    """Make tensors of weights that are arrays or lists, and numbers of metrics and steps that are tensors or NumPy's.
+    """Turn weights that are arrays or lists into tensors, and metrics and step counts into Python's own numbers.
 
-    NVFlare 2.9.0 drops the first, and fails to send or to save the others.
+    NVFlare 2.9.0 drops such weights, and fails to send or to save numbers that are tensors or NumPy's.
     """
     if isinstance(model.params, dict):
         import torch  # here: NVFlare 2.9.0's simulator, which imports this module, fails if torch comes so early

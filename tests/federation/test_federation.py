@@ -302,7 +302,7 @@ def test_script_that_fails_ends_the_job_with_its_site_and_the_reason_if_that_is_
 def test_slow_site_is_named_while_the_job_waits_for_it_and_the_next_job_waits_its_turn(federation, tmp_path):
     script = faulty_client(tmp_path, "site-2", TRAINS, wait_for(tmp_path / "end", indent=16))
     flags = [*prod(federation), *SMALL, "--num_rounds", "1", "--train_script", str(script)]
-    job = start_job(tmp_path / "workspace", *flags, before="import support.recipe; support.recipe.PATIENCE = 5")
+    job = start_job(tmp_path / "workspace", *flags, before="import support.recipe; support.recipe.NAME_SLOW_AFTER = 5")
     named, next_job = [], None
     for line in job.stdout:
         if found := re.fullmatch(r"still waiting for (.*): at work on round 1/1 for \d+ s\n", line):
@@ -430,7 +430,7 @@ def test_wrong_kits_people_without_the_right_too_few_sites_and_a_server_that_doe
         processes.append(start_job(tmp_path / f"workspace-{i}", *flags))
     for i, (_, _, error) in enumerate(accidents):
         run = finish(processes[i], tmp_path / f"workspace-{i}")
-        assert run.status == 1
+        assert run.status == (2 if i < 2 else 1) and (run.folder.exists() == (i >= 2))
         assert re.fullmatch(rf"job\.py: error: .*{error}.*\n", run.errors)
     assert all(job["status"].startswith("FINISHED:") for job in federation.job("list")["data"])  # none waits on
 

@@ -73,6 +73,7 @@ def trains(site):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     logging.getLogger().addHandler(logging.NullHandler())
     logging.getLogger().setLevel(logging.ERROR)

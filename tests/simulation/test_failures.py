@@ -168,7 +168,7 @@ def test_metrics_and_curves_of_a_site_that_calls_itself_another_stay_its_own(tmp
 def test_site_that_is_slow_is_named_again_and_again_and_not_ended(tmp_path):
     wait = wait_for(tmp_path / "end", indent=16)
     script = faulty_client(tmp_path, "site-2", "            model.load_state_dict(", wait)
-    patience = "import support.recipe; support.recipe.PATIENCE = 3"
+    patience = "import support.recipe; support.recipe.NAME_SLOW_AFTER = 3"
     job = start_job(tmp_path / "workspace", *SMALL, "--train_script", str(script), before=patience)
     slow = r"still waiting for site-2: at work on round 1/1 for (\d+) s\n"
     waits = []

@@ -102,6 +102,24 @@ def test_simulation_of_a_killed_job_is_not_disturbed_and_a_crash_needs_no_cleani
     succeed(workspace, *SMALL)
 
 
+# ---- GPUs, here without one: NVFlare takes their numbers all the same ----
+
+
+def test_sites_that_share_gpus_take_turns_and_end_well(tmp_path):
+    run = run_job(tmp_path / "workspace", *SMALL, "--n_clients", "3", "--gpu", "0,1")
+    assert (run.status, run.errors) == (0, "")
+    assert run.report()["settings"]["num_threads"] == 2
+    assert torch.cuda.is_available() or "\nWARNING: PyTorch finds no GPU here: the sites train on the CPU" in run.output
+
+
+def test_what_the_simulator_refuses_is_the_reason(workspace):
+    unchecked = "import support.arguments; support.arguments.mistakes = lambda args: []"
+    run = finish(start_job(workspace, *SMALL, "--gpu", "0,1,2", before=unchecked), workspace)
+    assert run.status == 1
+    reason = r"server failed: The number of clients \(2\) must be larger than or equal to the number of GPU groups.*"
+    assert re.fullmatch(rf"job\.py: error: {reason} \(see {run.folder}/server/log\.txt\)\n", run.errors)
+
+
 # ---- Odd places ----
 
 

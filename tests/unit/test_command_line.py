@@ -20,11 +20,29 @@ from support import arguments, flag_types, summary
 def wrong_sort(tmp_path_factory):
     """Return a folder with files and folders of the wrong sort."""
     folder = tmp_path_factory.mktemp("files")
-    for name in ("folder.py", "with space", "another", "mine/hello-pt", "blocked", "lost_link", "run/hello-pt/server"):
+    for name in ("folder.py", "with space", "another", "mine/hello-pt", "blocked", "lost_link", "kit/startup", "third"):
         (folder / name).mkdir(parents=True)
-    for name in ("job", "data", "model", "support", "nvflare", "torch", "random", "another/model", "another/script"):
+    for name in (
+        "job",
+        "data",
+        "model",
+        "support",
+        "nvflare",
+        "torch",
+        "random",
+        "another/model",
+        "another/script",
+        "third/data",
+        "third/script",
+    ):
         (folder / f"{name}.py").write_text("")
-    for name in ("empty.pt", "script.txt", "mine/hello-pt/thesis.tex", "blocked/hello-pt"):
+    for name in (
+        "empty.pt",
+        "script.txt",
+        "mine/hello-pt/thesis.tex",
+        "blocked/hello-pt",
+        "kit/startup/fed_admin.json",
+    ):
         (folder / name).write_text("")
     (folder / "file_of_mine" / "hello-pt").mkdir(parents=True)
     (folder / "file_of_mine" / "hello-pt" / "server").write_text("")
@@ -105,7 +123,7 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
         *(f"--train_script {path}" for path in ("missing.py", "broken.py", "script.txt", "folder.py", "")),
         *(
             f"--train_script {path}"
-            for path in ("latin.py", "another/script.py", "another/model.py", f"{'x' * 300}.py")
+            for path in ("latin.py", "another/script.py", "third/script.py", "another/model.py", f"{'x' * 300}.py")
         ),
         *(f"--train_script {name}.py" for name in ("job", "data", "model", "support", "nvflare", "torch", "random")),
         "--train_args '",
@@ -127,6 +145,7 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
         *(f"--env {env}" for env in ("simulation", "")),
         "--env prod",
         "--startup_kit kit",
+        "--env prod --startup_kit another --data_root /",
         "--env poc --startup_kit kit",
         *(
             f"--env {env} {flags}"
@@ -283,6 +302,7 @@ EXITED = "data.py or model.py called sys.exit while it was imported"
     [
         ("data.py", "import sys\nsys.exit()", 1, EXITED),
         ("model.py", "import sys\nsys.exit()", 1, EXITED),
+        ("model.py", "import no_such_package", 1, "No module named 'no_such_package': is the virtual environment .*"),
         ("client.py", "\ndef main()", 2, r".*client\.py' is not valid Python: expected ':' \(client\.py, line 2\)"),
     ],
 )

@@ -289,6 +289,8 @@ def test_job_main_leaves_its_process_as_it_was_also_the_second_time(call, tmp_pa
     monkeypatch.delenv(RUN_VARIABLE, raising=False)
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # a program's own
     statuses = []
+    (tmp_path / "damaged" / "startup").mkdir(parents=True)
+    (tmp_path / "damaged" / "startup" / "fed_admin.json").write_text("{}")
 
     def main(*flags):
         with pytest.raises(SystemExit) as exit:
@@ -299,7 +301,7 @@ def test_job_main_leaves_its_process_as_it_was_also_the_second_time(call, tmp_pa
         with contextlib.redirect_stdout(io.StringIO()) as shown:  # no file, as in a notebook
             before = state()
             for _ in range(2):
-                for flags in (["--train_size", "0"], ENDS_SOON, ["--env", "prod", "--startup_kit", "missing"]):
+                for flags in (["--train_size", "0"], ENDS_SOON, ["--env", "prod", "--startup_kit", "damaged"]):
                     call(functools.partial(main, *flags))
                     assert state() == before
     finally:
