@@ -36,7 +36,7 @@ class Images(Dataset):
     def __getitem__(self, index: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images[index].float().div_(127.5).sub_(1), self.targets[index]
 
-    __getitems__ = __getitem__  # DataLoader calls this with the indices of a batch: one look-up, not one an image
+    __getitems__ = __getitem__  # DataLoader gives it a batch's indices: one look-up, not one an image
 
     def first(self, count: int | None) -> "Images":
         """Return the first images, or all."""
@@ -62,7 +62,7 @@ def load_cifar10(root: Path) -> tuple[Images, Images]:
         except (OSError, RuntimeError) as error:
             if not (root / BATCHES_FOLDER).is_dir():
                 raise DataError(f"can't write to {root} ({error}): choose another --data_root") from error
-            parts = download_and_decode(root)  # of a folder that is for reading alone, each process keeps a copy
+            parts = download_and_decode(root)  # a read-only folder: each process decodes for itself
     return Images(*parts["train"], CLASSES), Images(*parts["test"], CLASSES)
 
 

@@ -51,7 +51,7 @@ def prepare_data(args: argparse.Namespace) -> dict:
         dataset, data_root = "cifar10", os.path.abspath(os.path.expandvars(os.path.expanduser(data_root)))
         try:
             for site in args.sites:
-                load_cifar10(data_folder(args, site))
+                load_cifar10(data_folder(args, site))  # {site} may give each a folder of its own
         except DataError as error:
             if args.dataset != "auto":
                 raise
@@ -100,7 +100,7 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
         labels: int64 (N,), the class of each image.
         split: "iid" gives each shard the same number of random images. "dirichlet" skews the labels (Yurochkin et al.
             2019, arXiv:1905.12022): of each class, the shards take fractions drawn from Dir(alpha, ..., alpha). It
-            draws again until each shard has 10 images, or N / num_shards of a small set.
+            draws again until each shard has 10 images, or an equal share if that is less.
         alpha: > 0; near 0 each class goes to one shard, and in the thousands all shards look alike.
 
     Raises:

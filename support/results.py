@@ -49,7 +49,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
     name, mode = KEY_METRIC
     global_models = []
     best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # so many rounds made it
-    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the later one is better
+    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # max takes the first of equals
         values = {site: metrics[name] for site, metrics in models.get(model, {}).items() if name in metrics}
         if values:
             without = sorted(models[model].keys() - values.keys())

@@ -29,7 +29,8 @@ class Run:
     """A run, or an export, which needs less."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.stack, self.data, self.begun = args, contextlib.ExitStack(), None, False
+        self.args, self.data, self.begun = args, None, False
+        self.stack = contextlib.ExitStack()  # what begin enters is left when guarded ends
 
     def begin(self, data: dict) -> None:
         """Take the workspace, say what the sites train on (what prepare_data returned), and rename an earlier run."""
@@ -56,6 +57,7 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
             yield run
             print(end="", flush=True)  # so that it fails here if it can't be written
     except Stopped as stopped:
+        # Without run.data, the folder is still the earlier run's.
         complete = run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt"))
         left = f"the rounds before are in {args.run_folder}" if complete else "no round was complete"
         left = "the federation may have the job" if args.env == "prod" else left

@@ -144,7 +144,7 @@ def print_summary(report: dict) -> None:
     if settings["train_script"] == HERE / "client.py":
         if settings["initial_ckpt"]:  # which may have another path by now
             command = start_from(command, os.path.normpath(HERE / settings["initial_ckpt"]), first_round)
-        print(f"How good is the model?\n  {command} --train_script client_with_eval.py")
+        print(f"How good is the model? Train again, and test it:\n  {command} --train_script client_with_eval.py")
     next_command = start_from(command, report["paths"]["models"][0], first_round + report["completed"])
     print(f"To go on:\n  {next_command}")
 

@@ -62,7 +62,7 @@ def test_training_alone_leaves_a_model_and_a_summary(plain):
     assert f"\n  tensorboard --logdir {plain.results / 'tb_events'}\n" in summary
     command = f"python job.py --dataset synthetic --workspace {plain.folder.parent} {' '.join(SMALL)}"
     assert summary.endswith(
-        f"\nHow good is the model?\n  {command} --train_script client_with_eval.py\n"
+        f"\nHow good is the model? Train again, and test it:\n  {command} --train_script client_with_eval.py\n"
         f"To go on:\n  {command} --initial_ckpt {model} --first_round 3\n"
     )
 
