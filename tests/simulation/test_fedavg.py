@@ -41,8 +41,7 @@ def test_two_sites_of_very_different_sizes_are_weighted_by_their_steps_and_evalu
     for site, share in zip(("site-1", "site-2"), sites):
         counts = np.bincount(labels[share], minlength=10)
         assert " ".join(map(str, [site, 100, len(share), *counts])) in " ".join(run.output.split())
-    sizes = sorted(map(len, sites))
-    assert f"(dirichlet split of alpha 0.1), {sizes[0]} to {sizes[1]} training samples a site" in run.output
+    assert "\nData: synthetic (dirichlet split of alpha 0.1).\n" in run.output
 
 
 # 84 images: four sites have 11 and four have 10, in batches of 10: 2 steps an epoch and 1.
@@ -62,7 +61,8 @@ def test_eight_sites_train_on_their_shares(eight_sites):
     assert distance(run.weights(), fedavg(own, **reference)) < 1e-5
     assert distance(run.weights(), fedavg(own, **reference, by_steps=False)) > 1e-4
     assert distance(run.weights(), fedavg(all_images, **reference)) > 1e-2
-    assert "(iid split), 10 to 11 training samples a site" in run.output
+    assert "\nData: synthetic (iid split).\n" in run.output
+    assert sorted(site["train_size"] for site in run.report()["data"]["sites"].values()) == [10] * 4 + [11] * 4
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
 
 
@@ -116,7 +116,7 @@ def test_privacy_filter_of_the_page_is_applied(tmp_path):
     repo = copy_repo(tmp_path / "repo")
     for line, new in [
         ("from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe\n", imports),
-        ("        launch_external_process=True,\n", argument),
+        ("        launch_timeout=3600,  # seconds until the script calls flare.init\n", argument),
         ('    add_experiment_tracking(recipe, "tensorboard")\n', statement),
     ]:
         insert(repo / "job.py", line, new)
