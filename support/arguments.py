@@ -14,13 +14,7 @@ from support.text import HERE, JOB_NAME, describe, one_line
 
 TRAIN_FLAGS = ["epochs", "batch_size", "lr", "seed"]  # of every client script, beside --sites
 LIMITED = ["num_threads", "clients_per_round", "min_sites"]  # at most all sites, which is the default
-COMPLETED = {
-    "command",
-    "export",
-    "evaluates",
-    "run_folder",
-    "earlier_run",
-}  # added to args: no flags of data.py
+COMPLETED = {"command", "export", "evaluates", "run_folder", "earlier_run"}  # in args, and so no flags of data.py
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -86,14 +86,14 @@ def end_of_script(log: list[dict]) -> str:
 
 def dead_process(run_folder: Path) -> str:
     """Say which simulated site's process died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
+    died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"  # in the server's log
+    raised = r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)"
     for log in run_folder.glob("*/error_log.txt"):
         with contextlib.suppress(OSError):
             text = log.read_text(errors="replace")
-            if found := re.search(r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)", text):
+            if found := re.search(died, text):
                 return f"{found[1]} failed: its process was killed (see {run_folder / found[1] / 'log.txt'})"
-            if found := re.search(
-                r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)", text
-            ):
+            if found := re.search(raised, text):
                 return f"{log.parent.name} failed: {found[1]} (see {log.with_name('log.txt')})"
     return ""
 

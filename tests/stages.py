@@ -50,6 +50,11 @@ def scalars(run: Run, site: str) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+def sizes(run: Run) -> dict[str, tuple[int, int]]:
+    """Return how many samples each site trains and tests on."""
+    return {site: (data["train_size"], data["test_size"]) for site, data in run.report()["data"]["sites"].items()}
+
+
 def cross_site_results(run: Run) -> dict:
     return json.loads((run.results / "cross_site_val" / "cross_val_results.json").read_text())
 

@@ -33,7 +33,7 @@ from documentation import command
 from model import create_model
 from provisioned import LEAD, PARTICIPANTS, SITES, Federation, prod
 from reference import distance
-from stages import ONE_THREAD, faulty_client
+from stages import ONE_THREAD, faulty_client, sizes
 from wine import EVALUATE, OWN_FLAG, copy_with_wine, expected_wine
 
 SMALL = ["--train_size", "64", "--test_size", "100"]
@@ -98,7 +98,7 @@ def test_poc_ends_in_the_same_model_and_summary(simulated, online, images, tmp_p
     run = succeed(tmp_path / "workspace", *flags, "--data_root", f"{images}/{{site}}", **online, **ONE_THREAD)
     assert same_weights(run.weights(), simulated)
     assert all((images / site / "cifar10-uint8.pt").exists() for site in SITES)
-    assert "\nData: cifar10.\n" in run.output
+    assert "\nData: cifar10.\n" in run.output and sizes(run) == dict.fromkeys(SITES, (64, 100))
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == set(SITES)
     assert f"tensorboard --logdir {run.results / 'tb_events'}" in run.output
     assert (run.folder / "poc").stat().st_mode & 0o077 == 0  # its certificate authority's key is in there

@@ -10,7 +10,7 @@ from conftest import REPO, changed_client, copy_repo, data_flags, insert, run_jo
 from data import load_data, partition
 from model import create_model
 from reference import distance, fedavg, images_of_sites
-from stages import ONE_THREAD
+from stages import ONE_THREAD, sizes
 
 SIZE = 80
 ALL = list(range(SIZE))
@@ -62,7 +62,7 @@ def test_eight_sites_train_on_their_shares(eight_sites):
     assert distance(run.weights(), fedavg(own, **reference, by_steps=False)) > 1e-4
     assert distance(run.weights(), fedavg(all_images, **reference)) > 1e-2
     assert "\nData: synthetic (iid split).\n" in run.output
-    assert sorted(site["train_size"] for site in run.report()["data"]["sites"].values()) == [10] * 4 + [11] * 4
+    assert sorted(train_size for train_size, _ in sizes(run).values()) == [10] * 4 + [11] * 4
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == {f"site-{i}" for i in range(1, 9)}
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 from conftest import REPO, TEST_IMAGES, copy_repo, run_job
-from stages import cross_site_results, scalars
+from stages import cross_site_results, scalars, sizes
 
 
 def test_offline_default_run_learns_synthetic_images_and_says_so(offline, tmp_path):
@@ -15,6 +15,7 @@ def test_offline_default_run_learns_synthetic_images_and_says_so(offline, tmp_pa
     assert "WARNING: training on SYNTHETIC images" in run.errors
     summary = run.output.partition("Done:")[2]
     assert "\nData: synthetic.\n" in summary and "WARNING" in summary
+    assert sizes(run) == {"site-1": (5000, 1000), "site-2": (5000, 1000)}
     first, second, final = (cross_site_accuracy for cross_site_accuracy in scalars(run, "site-1")["accuracy"].values())
     assert first < 20 < second < final and final >= 60
 
@@ -26,6 +27,7 @@ def test_client_with_eval_copied_over_client_downloads_and_evaluates(online, tmp
     run = run_job(tmp_path / "workspace", *flags, repo=repo, **online)
     assert run.status == 0, run.errors  # which has the download's progress
     assert "\nData: cifar10.\n" in run.output
+    assert sizes(run) == {"site-1": (64, TEST_IMAGES), "site-2": (64, TEST_IMAGES)}
     for site in ("site-1", "site-2"):
         accuracy = cross_site_results(run)[site]["SRV_FL_global_model.pt"]["accuracy"]
         assert accuracy * TEST_IMAGES / 100 == round(accuracy * TEST_IMAGES / 100)  # of the small CIFAR-10
