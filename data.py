@@ -41,10 +41,10 @@ def prepare_data(args: argparse.Namespace) -> dict:
         raise ValueError("--alpha is from 1e-06 to 1000000, and needs --split dirichlet")
     if args.split != "same" and args.train_size and args.train_size < len(args.sites):
         raise ValueError(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
-    if not args.data_root:
-        raise ValueError("--data_root is empty")
     dataset, data_root, warning = args.dataset, args.data_root, ""
     if args.env == "prod" or args.export:
+        if data_root[:1] not in ("/", "~", "$"):
+            raise ValueError("--data_root is on the sites: begin it with /, ~ or $")
         if dataset == "auto":
             dataset = "cifar10"  # no real site trains on synthetic images by accident
     elif dataset != "synthetic":

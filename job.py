@@ -43,13 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr", type=types.within(float, 1e-9, 100), default=0.01, metavar="X", help="learning rate (default: 0.01)")
     flag("--seed", type=types.within(int, 0, 2**32 - 1), default=0, metavar="N", help="random seed (default: 0)")
     flag("--initial_ckpt", type=types.checkpoint, metavar="FILE", help="start from saved weights")
-    flag("--gpu", type=types.gpus, metavar="SPEC", help="GPUs of the sites, such as 0 or 0,1 (default: the first)")
+    flag("--gpu", type=types.gpu_groups, default=[], metavar="SPEC", help="their GPUs: 0 or 0,1 (default: the first)")
     flag("--env", choices=["sim", "poc", "prod"], default="sim", help="see docs/real-sites.md (default: %(default)s)")
     flag("--startup_kit", type=Path, metavar="DIR", help="your admin startup kit, for --env prod")
     flag("--enable_log_streaming", action="store_true", help="prod, --export: sites send their logs to the server")
     flag("--workspace", type=types.folder, default=WORKSPACE, metavar="DIR", help="where results are kept")
-    parser.add_data_flags()
-    return arguments.complete(parser.parse_args(argv), parser)
+    return arguments.parse(parser, argv)  # with the flags of data.py
 
 
 def make_recipe(args: argparse.Namespace, data: dict) -> FedAvgRecipe:

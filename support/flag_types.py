@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from model import create_model
 from support.text import HERE, MODULES, describe, one_line
 
-ENTRIES = ["state_dict", "model_state_dict"]  # in which tutorials put the weights
 RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # modules, and no script's name
 
 
@@ -38,17 +36,12 @@ def site_name(text: str) -> str:
     return text
 
 
-def gpus(text: str) -> str:
-    """Check a list of GPUs for SimEnv: 0,1 is two groups of a GPU, [0,1] one group of two."""
-    group = r"(?:[0-9]+|\[[0-9]+(?:,[0-9]+)*\])"
-    if not re.fullmatch(f"{group}(,{group})*", text):
+def gpu_groups(text: str) -> list[str]:
+    """Return the groups of a list of GPUs: 0,1 is two groups of one GPU, [0,1] one group of two."""
+    groups = re.findall(r"[0-9]+|\[[0-9,]+\]", text)
+    if not groups or ",".join(groups) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of GPUs: write 0 or 0,1 or [0,1]")
-    return text
-
-
-def gpu_groups(text: str | None) -> int:
-    """Return how many groups a list of GPUs has."""
-    return len(re.findall(r"\[[^]]*\]|[0-9]+", text or ""))
+    return groups
 
 
 def client_script(text: str) -> Path:
@@ -94,12 +87,10 @@ def checkpoint(text: str) -> Path:
         weights = weights.get("model", weights)  # where NVFlare puts them
         if any(getattr(tensor, "requires_grad", False) for tensor in weights.values()):
             raise TypeError("NVFlare can't load parameters")  # but the tensors of a state_dict
-    except Exception as error:  # whatever a file may raise that isn't a checkpoint
-        kind = "holds something else than weights" if zipfile.is_zipfile(file) else "is no file of torch.save's"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} {kind}: write one with torch.save(model.state_dict(), FILE)"
-        ) from error
-    for entry in ENTRIES:
+    except Exception as error:  # whose own text may advise to run the code in the file
+        advice = "write one with torch.save(model.state_dict(), FILE)"
+        raise argparse.ArgumentTypeError(f"{text!r} is no file of weights: {advice}") from error
+    for entry in ("state_dict", "model_state_dict"):  # where tutorials put the weights
         if entry in weights:
             advice = f"write them alone, with torch.save(torch.load({text!r})[{entry!r}], FILE)"
             raise argparse.ArgumentTypeError(f"{text!r} has its weights in an entry: {advice}")

@@ -26,7 +26,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
         models: the same of each model that was evaluated at the end, by its name.
         key_metric: {"name": ..., "mode": ...}, that of model.py.
         best_model: the better one of the global models, by the mean of key_metric over the sites that have a number;
-            None if none has. `without` names the other sites, `round` says of how many rounds the model is.
+            None if none has. `round` says of how many rounds the model is.
         lost_sites: of each site that was, for a round or for good: [[what happened, in which round, why], ...].
         paths: of the global models' files, of TensorBoard's, and of all.
 
@@ -49,13 +49,12 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
     name, mode = KEY_METRIC
     global_models = []
     best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # so many rounds made it
-    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # max takes the first of equals
+    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # the first of equals counts
         values = {site: metrics[name] for site, metrics in models.get(model, {}).items() if name in metrics}
         if values:
-            without = sorted(models[model].keys() - values.keys())
-            global_models.append({"name": model, name: mean(values.values()), "round": round, "without": without})
-    sign = 1 if mode == "max" else -1
-    best = max(global_models, key=lambda model: sign * model[name], default=None)
+            global_models.append({"name": model, name: mean(values.values()), "round": round})
+    better = max if mode == "max" else min
+    best = better(global_models, key=lambda model: model[name], default=None)
     files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
     return {
         "completed": rounds,

@@ -73,20 +73,13 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
         reason = reason_of_failure(args, error) if isinstance(error, JobFailed) else describe(error)
         if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
             reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
-        if isinstance(error, OSError) and error.errno and not error.filename:  # of print, perhaps
-            reason = unwritable_output() or reason
+        try:
+            print(end="", flush=True)
+        except OSError as unwritable:  # a closed pipe, say
+            reason = f"can't write to standard output: {unwritable.strerror}"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
         print(f"job.py: error: {reason}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) and not run.begun else 1)
-
-
-def unwritable_output() -> str:
-    """Say why standard output can't be written, since it is a closed pipe, say; return "" if it can."""
-    try:
-        os.write(1, b"\n")
-        return ""
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
-        return f"can't write to standard output: {error.strerror}"
 
 
 def make_room(args: argparse.Namespace) -> None:

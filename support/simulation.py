@@ -28,7 +28,7 @@ class SimEnv(nvflare.recipe.SimEnv):
         super().__init__(
             clients=args.sites,
             num_threads=args.num_threads,
-            gpu_config=args.gpu,
+            gpu_config=",".join(args.gpu) or None,
             workspace_root=str(args.workspace),
         )
         self.run_folder = args.run_folder

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 
@@ -133,29 +132,13 @@ def print_summary(report: dict) -> None:
     name = report["key_metric"]["name"]
     if best := report["best_model"]:
         model = f"{best['name']}, after round {best['round']}"
-        print(f"The best is {model}: {name} {show(best[name])} on average over the sites.")
-        if best["without"]:
-            print(f"{' and '.join(best['without'])} reported no {name} of it that is a finite number.")
+        print(f"The best is {model}: {name} {show(best[name])} on average over the sites that reported it.")
     elif settings["evaluates"]:
         print(f"WARNING: no site reported {name} as a finite number, and so no model is called the best.")
     print(f"\nTensorBoard:\n  {report['tensorboard_command']}")
-    print()
-    command, first_round = settings["command"], settings["first_round"]
     if settings["train_script"] == HERE / "client.py":
-        if settings["initial_ckpt"]:  # which may have another path by now
-            command = start_from(command, os.path.normpath(HERE / settings["initial_ckpt"]), first_round)
-        print(f"How good is the model? Train again, and test it:\n  {command} --train_script client_with_eval.py")
-    next_command = start_from(command, report["paths"]["models"][0], first_round + report["completed"])
-    print(f"To go on:\n  {next_command}")
-
-
-def start_from(command: str, checkpoint: str, first_round: int) -> str:
-    """Return a command that starts from a checkpoint, whatever it started from before."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--initial_ckpt")
-    parser.add_argument("--first_round")
-    _, words = parser.parse_known_args(shlex.split(command))
-    return f"{shlex.join(words)} --initial_ckpt {shlex.quote(checkpoint)} --first_round {first_round}"
+        command = f"{settings['command']} --train_script client_with_eval.py"
+        print(f"\nHow good is the model? Train again, and test it:\n  {command}")
 
 
 def print_metrics(rows: dict[str, dict], sites: list[str], most_rows: int | None = None) -> None:

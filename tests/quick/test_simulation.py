@@ -63,7 +63,6 @@ def test_training_alone_leaves_a_model_and_a_summary(plain):
     command = f"python job.py --dataset synthetic --workspace {plain.folder.parent} {' '.join(SMALL)}"
     assert summary.endswith(
         f"\nHow good is the model? Train again, and test it:\n  {command} --train_script client_with_eval.py\n"
-        f"To go on:\n  {command} --initial_ckpt {model} --first_round 3\n"
     )
 
 
@@ -222,7 +221,10 @@ def test_summary_names_the_better_global_model(evaluated):
         "without": [],
     }
     model = f"{best}, after round {report['best_model']['round']}"
-    assert f"The best is {model}: accuracy {accuracy(best):#.4g} on average over the sites." in evaluated.output
+    assert (
+        f"The best is {model}: accuracy {accuracy(best):#.4g} on average over the sites that reported it."
+        in evaluated.output
+    )
 
 
 def test_killed_trainer_ends_the_run_with_the_name_of_its_site_and_the_run_before_is_kept(plain, workspace):

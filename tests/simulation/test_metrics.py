@@ -12,11 +12,10 @@ def test_rounds_count_on_from_an_earlier_run_and_end_in_the_same_bits(tmp_path):
     flags = ["--train_size", "32", "--test_size", "20", "--train_script", "client_with_eval.py"]
     whole = run_job(tmp_path / "whole", *flags, "--num_rounds", "3", OMP_NUM_THREADS="1")
     first = run_job(tmp_path / "parts", *flags, "--num_rounds", "1", OMP_NUM_THREADS="1")
-    further = re.search(r"\nTo go on:\n  python job\.py .*( --initial_ckpt \S+ --first_round 2)\n", first.output)
-    second = run_job(tmp_path / "parts", *flags, "--num_rounds", "2", *further[1].split(), OMP_NUM_THREADS="1")
+    flags += ["--initial_ckpt", str(first.results / "app_server" / "FL_global_model.pt"), "--first_round", "2"]
+    second = run_job(tmp_path / "parts", *flags, "--num_rounds", "2", OMP_NUM_THREADS="1")
     assert (whole.status, first.status, second.status) == (0, 0, 0), second.errors
     assert same_weights(whole.weights(), second.weights())
-    assert second.output.count(" --initial_ckpt ") == 1 and second.output.endswith(" --first_round 4\n")
     for i in (2, 3):
         assert f"\nround {i}/3  begins\n" in second.output and f"\n    round {i} " in second.output
         assert f"site-1  round {i}/3  epoch 1/2" in second.output
@@ -50,8 +49,8 @@ def test_metrics_may_be_tensors_and_numpys_numbers_and_undefined_ones_are_dashes
     report = run.report()
     for metrics in (report["rounds"][1]["site-1"], report["models"]["FL_global_model.pt"]["site-1"]):
         assert metrics["numpy"] == 0.25 and isinstance(metrics["accuracy"], float)
-    assert "The best is FL_global_model.pt, after round 2: accuracy 50.00 on average over the sites.\n" in run.output
-    assert "site-2 reported no accuracy of it that is a finite number.\n" in run.output
+    best = "The best is FL_global_model.pt, after round 2: accuracy 50.00 on average over the sites that reported it."
+    assert f"{best}\n" in run.output
 
 
 @pytest.mark.parametrize(

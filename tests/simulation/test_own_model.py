@@ -104,7 +104,9 @@ def test_start_shows_wines_of_each_class_and_summary_follows_the_key_metric(eval
     assert report["best_model"]["name"] == best
     assert report["best_model"]["loss"] == pytest.approx(losses[best])
     model = f"{best}, after round {2 if best == MODELS[0] else 1}"
-    assert f"The best is {model}: loss {losses[best]:#.4g} on average over the sites." in evaluated.output
+    assert (
+        f"The best is {model}: loss {losses[best]:#.4g} on average over the sites that reported it." in evaluated.output
+    )
 
 
 def test_sites_submit_their_latest_local_models(evaluated):

@@ -153,7 +153,6 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
             for flags in ("--gpu 0", "--num_threads 1")
         ),
         *(f"{env}--enable_log_streaming" for env in ("", "--env poc ")),
-        *(f"--env prod --startup_kit kit --data_root {path}" for path in ("data", "./data", "")),
         "--json report.json",
         "--n_clients=3\n4",
         "--bogus=a\nb",
@@ -178,6 +177,10 @@ def test_bad_arguments_are_refused_in_one_line(flags, files, capsys):
         *((f"{split}--alpha 0.5", "needs --split dirichlet") for split in ("", "--split iid ")),
         ("--split iid --n_clients 3 --train_size 2", "--train_size 2 is too few"),
         ("--split dirichlet --n_clients 100 --train_size 99", "--train_size 99 is too few"),
+        *(
+            (f"--env prod --startup_kit kit --data_root {path}", "--data_root is on the sites: begin it with")
+            for path in ("data", "./data", "")
+        ),
     ],
 )
 def test_bad_flags_of_the_data_are_refused_in_one_line_before_anything_is_made(flags, reason, files, capsys):
@@ -187,11 +190,11 @@ def test_bad_flags_of_the_data_are_refused_in_one_line_before_anything_is_made(f
 @pytest.mark.parametrize(
     "file, reason",
     [
-        ("empty.pt", "is no file of torch.save's: write one with torch.save"),
-        ("text.pt", "is no file of torch.save's: write one with torch.save"),
-        ("pickled.pt", "holds something else than weights: write one with torch.save"),
-        ("list.pt", "holds something else than weights"),
-        ("parameters.pt", "holds something else than weights: write one with torch.save"),
+        ("empty.pt", "is no file of weights: write one with torch.save"),
+        ("text.pt", "is no file of weights: write one with torch.save"),
+        ("pickled.pt", "is no file of weights: write one with torch.save"),
+        ("list.pt", "is no file of weights: write one with torch.save"),
+        ("parameters.pt", "is no file of weights: write one with torch.save"),
         (
             "tutorial.pt",
             r"has its weights in an entry: .* torch\.save\(torch\.load\(.*\)\['model_state_dict'\], FILE\)",
@@ -237,11 +240,14 @@ def test_export_renames_no_earlier_run_and_takes_its_model_from_where_it_is(tmp_
     assert Path(args.initial_ckpt).samefile(model)
 
 
-@pytest.mark.parametrize(
-    "flags", ["--data_root data", "--data_root=", "--json report.json", "--num_threads 1", "--gpu 0", "--env poc"]
-)
+@pytest.mark.parametrize("flags", ["--json report.json", "--num_threads 1", "--gpu 0", "--env poc"])
 def test_flags_that_an_export_has_no_use_for_are_refused(flags, files, capsys, exported):
     test_bad_arguments_are_refused_in_one_line(flags, files, capsys)
+
+
+@pytest.mark.parametrize("flags", ["--data_root data", "--data_root="])
+def test_export_needs_the_place_of_the_data_on_the_sites(flags, files, capsys, exported):
+    assert "--data_root is on the sites" in refusal(flags, capsys, job.main)
 
 
 @pytest.mark.parametrize(
@@ -373,12 +379,11 @@ def own_flags(monkeypatch, files):
     "add, flags, reason",
     [
         (one_of("--lr"), "--lr 1", "argument --lr: conflicting option string: --lr (test_command_line.py:"),
-        (one_of("--sites", nargs="+"), "", ": change add_data_flags"),
+        (one_of("--sites", nargs="+"), "", "conflicting option string: --sites (test_command_line.py:"),
         (lambda parser: one_of("--lr")(parser.add_argument_group("mine")), "--lr 1", "conflicting option string: --lr"),
         (lambda parser: parser.no_such_thing, "", "has no attribute 'no_such_thing' (test_command_line.py:"),
         (one_of("--evaluates", action="store_true"), "--evaluates", "evaluates"),
         (one_of("--command", default="mine"), "", "command"),
-        (one_of("path", nargs="?"), "", "path can't be a flag of data.py"),
         (one_of("--note"), "--note {app_dir}", "can't hold braces, but for {site}"),
         (one_of("--notes", nargs="+"), "--notes a {site} {$HOME}", "can't hold braces, but for {site}"),
     ],
@@ -404,6 +409,7 @@ def test_own_flag_that_cannot_be_sent_is_refused_in_one_line(add, flags, reason,
         (one_of("--number", type=int), ["--num_rounds", "3", "--number", "3", "--seed", "3"], "number", 3),
         (one_of("--note"), ['--note=-x --lr=3 it\'s "$HOME" {site}'], "note", '-x --lr=3 it\'s "$HOME" {site}'),
         (one_of("--note"), ["--note="], "note", ""),
+        (one_of("table"), ["--lr", "1", "mine.csv", "--seed", "3"], "table", "mine.csv"),
         (one_of("--note"), [], "note", None),
         (one_of("--data_root"), [], "data_root", None),
         (one_of("--data_root", type=Path), ["--data_root", "/data"], "data_root", Path("/data")),
@@ -418,15 +424,9 @@ def test_own_flag_arrives_as_it_was_given(add, words, name, value, own_flags, mo
     assert getattr(client.parse_args(), name) == value
 
 
-@pytest.mark.parametrize("flags", [{"dataset": True}, {"dataset": None}, {"dataset": ["cifar10"]}, {"nope": "x"}])
-def test_what_prepare_data_cannot_settle_is_told(flags, files):
-    with pytest.raises(ValueError, match=r"^prepare_data can't settle "):
-        arguments.script_flags(job.parse_args([]), {"flags": flags})
-
-
 def test_script_gets_its_flags_and_what_prepare_data_has_settled(files):
     words = ["--lr", "0.5", "--sites", "berlin", "paris", "--data_root", "/data/{site}", "--train_args", "--note 'a b'"]
     flags = shlex.split(arguments.script_flags(job.parse_args(words), {"flags": {"dataset": "cifar10"}}))
     assert flags[:4] == ["--epochs=2", "--batch_size=16", "--lr=0.5", "--seed=0"]
-    assert flags[4:7] == ["--sites", "berlin", "paris"]
-    assert flags[7:] == ["--data_root", "/data/{site}", "--dataset=cifar10", "--note", "a b"]
+    assert flags[4:7] == ["--data_root", "/data/{site}", "--dataset=cifar10"]
+    assert flags[7:] == ["--sites", "berlin", "paris", "--note", "a b"]

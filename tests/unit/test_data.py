@@ -234,7 +234,7 @@ def test_folder_in_a_variable_of_the_site(small_cifar10, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "folder", ["text", "text/below", "$NO_SUCH_VARIABLE", "loop", "~nobody_here/x", "x" * 300, "{site}.txt/{site}", ""]
+    "folder", ["text", "text/below", "$NO_SUCH_VARIABLE", "loop", "~nobody_here/x", "x" * 300, "{site}.txt/{site}"]
 )
 def test_folder_that_cant_be_used_is_one_line_and_no_run_begins(folder, no_network, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
