@@ -34,10 +34,6 @@ def to_show(logger: str, level: str, message: str) -> str | None:
 class Console(logging.Handler):
     """Writes what is to be shown of a simulation to standard output. NVFlare applies it in each of its processes."""
 
-    def __init__(self):
-        super().__init__()
-        logging.raiseExceptions = False  # if a log can't be written, Python would answer each record with a traceback
-
     def emit(self, record: logging.LogRecord) -> None:
         logger = record.name.rpartition(".")[2]
         if record.levelno <= logging.WARNING and logger in (TRAINER, *OF_SERVER, "CrossSiteModelEval"):

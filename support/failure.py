@@ -21,7 +21,8 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
         return dead
     server_log, see_server = find_log(args.run_folder)
     of_server = f"server failed: {str(error).partition('. ')[0]}{see_server}"
-    if lost := read_lost_sites(args.run_folder):
+    lost = {site: events for site, events in read_lost_sites(args.run_folder).items() if events[-1][0] != "came back"}
+    if len(lost) > args.n_clients - args.min_sites:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
     if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
         return of_server
@@ -70,8 +71,6 @@ def end_of_script(log: list[dict]) -> str:
     ends = [i for i, line in enumerate(printed) if line.startswith(ENDED)]
     if ends:
         end = printed[ends[-1]].removeprefix(ENDED)
-        if end == "status 0" and any("before completing the HELLO" in record["message"] for record in errors(log)):
-            return "its script ended before flare.init()"
         if not end.startswith("status "):
             return one_line(end)
         said = [line for line in printed[: ends[-1]] if line.strip()] or ["it printed nothing"]

@@ -5,7 +5,6 @@ import ast
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,6 @@ def within(kind: Callable, low: float, high: float) -> Callable:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    number.__name__ = kind.__name__
     return number
 
 
@@ -52,7 +50,7 @@ def client_script(text: str) -> Path:
     script = found[0].resolve()
     try:
         ast.parse(script.read_bytes(), script.name)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid Python: {error}") from error
     loaded = getattr(sys.modules.get(script.stem), "__file__", None)
     if script.stem in RESERVED or loaded not in (None, str(script)):
@@ -68,7 +66,8 @@ def client_script(text: str) -> Path:
 
 def evaluates(script: Path) -> bool:
     """Tell whether a client script answers the server's validate tasks: whether it calls is_evaluate."""
-    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.Call)]
+    nodes = ast.walk(ast.parse(script.read_bytes()))
+    calls = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
     return any(call.split(".")[-1] == "is_evaluate" for call in calls)
 
 
@@ -106,13 +105,8 @@ def checkpoint(text: str) -> Path:
 
 def folder(text: str) -> Path:
     """Return the path of a folder that can be written to, or that can be made."""
-    try:
-        path = Path(text).expanduser().resolve()
-        # Python 3.13 resolves a link to itself to that link, and doesn't raise.
-        existing = next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
-        if text:
-            tempfile.TemporaryFile(dir=existing).close()  # root may do everything, but not in /proc
-            return path
-    except (OSError, RuntimeError, ValueError):  # among them: a name too long, a link to itself, a user unknown
-        pass
-    raise argparse.ArgumentTypeError(f"can't write to {text!r}: choose another folder")
+    path = Path(text).expanduser().resolve()
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+    if not text or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"can't write to {text!r}: choose another folder")
+    return path

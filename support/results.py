@@ -36,11 +36,11 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
     reports, models, lost = read_rounds(folder, args), read_evaluation(folder), read_lost_sites(args.run_folder)
     final = load_final_model(folder)
     has_stop_cond, stopped = stop_cond(args.run_folder)
+    final_round = final["meta_props"]["current_round"] + 1 if final else args.first_round - 1
     # With a stop_cond, the final model is the best one, of an earlier round maybe.
-    rounds = len(reports) if final and has_stop_cond else completed_rounds(final, args)
+    rounds = len(reports) if final and has_stop_cond else final_round - args.first_round + 1
     if rounds < args.num_rounds and not (final and stopped):
         raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")
-    final_round = final["meta_props"]["current_round"] + 1
     if args.evaluates:
         sites = {site for reported in reports for site in reported} - set(lost)
         for model in [FINAL_MODEL, *(sites if args.cross_site_eval else [])]:
@@ -70,11 +70,6 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
             "results": str(folder),
         },
     }
-
-
-def completed_rounds(final: dict, args: argparse.Namespace) -> int:
-    """Return how many rounds made the final global model, as load_final_model returns it."""
-    return final["meta_props"]["current_round"] + 2 - args.first_round if final else 0
 
 
 def load_final_model(folder: Path) -> dict:

@@ -1,5 +1,6 @@
 """How does a job get on? The server says it: rounds, reports, sites that are slow or lost. The seed draws sites."""
 
+import collections
 import json
 import random
 import threading
@@ -50,7 +51,7 @@ class Rounds(FLComponent):
         self.last_round, self.min_sites, self.spare, self.seed = last_round, min_sites, spare, seed
         self.patience = patience
         self.place = "the start"
-        self.said = []
+        self.said = collections.deque(maxlen=1000)
         self.lost = {}  # {site: [[what happened, in which round, why], ...]}
         self.at_work = {}  # {site: (what on, since when)}
         self.could_not_take_part = set()
@@ -100,7 +101,7 @@ class Rounds(FLComponent):
         elif event_type == EventType.CLIENT_RECONNECTED:
             self.note(fl_ctx.get_prop(FLContextKey.RECONNECTED_CLIENT_NAME), fl_ctx, "came back", "")
         elif event_type == InfoCollector.EVENT_TYPE_GET_STATS:  # asked for by whoever may view the job
-            fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR).add_info("rounds", {"said": self.said[-1000:]})
+            fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR).add_info("rounds", {"said": list(self.said)})
 
     def say(self, text: str) -> None:
         self.logger.info(text)

@@ -30,11 +30,7 @@ def main() -> None:
             print(status, file=sys.stderr)
             status = 1
     except BaseException as error:
-        lines = error.__traceback__
-        while lines and lines.tb_frame.f_code.co_filename != script:
-            lines = lines.tb_next  # from here to the script's own first line
-        error.__traceback__ = lines or error.__traceback__
-        traceback.print_exception(error)
+        traceback.print_exc()
         status, end = 1, in_one_line(error)
     sys.stdout = sys.__stdout__  # a script may have put a file there
     print(f"\n{ENDED}{end or f'status {status}'}")  # a line of its own; NVFlare doesn't log the empty one

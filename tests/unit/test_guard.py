@@ -60,12 +60,15 @@ def test_workspace_of_another_user_is_refused(workspace):
     for user, refused in ((owner, False), (other, True)):
         child = os.fork()
         if child == 0:
-            os.setuid(user)
+            status = 1
             try:
+                os.setuid(user)
                 folder(str(workspace))
-                os._exit(0)
+                status = 0
             except argparse.ArgumentTypeError:
-                os._exit(2)
+                status = 2
+            finally:
+                os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (2 if refused else 0)
 
 

@@ -76,7 +76,6 @@ def test_last_line_says_how_a_script_ended(run, script, status, said, end):
     assert printed[-1].startswith(said)
     if "Error" in end or end.startswith("Keyboard"):
         assert last.endswith(")") and printed.count("Traceback (most recent call last):") == 1
-        assert not any("run_script.py" in line or "runpy" in line for line in printed)
 
 
 def test_script_finds_its_flags_and_the_modules_beside_it(run):
@@ -98,13 +97,6 @@ def test_last_line_is_not_shown_and_says_the_reason_with_what_was_printed_before
 def test_wrong_thing_to_send_is_told_with_the_scripts_own_line(run):
     code, _, end = run("import nvflare.client as flare\nflare.send({})")
     assert code == 1 and end.endswith("(script.py:2)")
-
-
-def test_script_that_ends_before_it_takes_part_is_told():
-    says = {"name": TRAINER, "levelname": "INFO", "message": f"{ENDED}status 0"}
-    message = "trainer process exited (rc=0) before completing the HELLO handshake"
-    log = [says, {"name": TRAINER, "levelname": "ERROR", "message": message}]
-    assert end_of_script(log) == "its script ended before flare.init()" and end_of_script([says]) == ""
 
 
 def test_numbers_that_are_tensors_or_numpys_are_sent_as_numbers():
