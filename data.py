@@ -79,8 +79,7 @@ def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
     if args.split != "same":
         if site not in args.sites:
             raise DataError(f"--split divides the images among {', '.join(args.sites)}, and {site} is not among them")
-        labels = train_set.targets.numpy()
-        shards = partition(labels, len(args.sites), args.split, args.alpha or ALPHA, args.seed)
+        shards = partition(train_set.targets.numpy(), len(args.sites), args.split, args.alpha or ALPHA, args.seed)
         train_set = Subset(train_set, shards[args.sites.index(site)].tolist())
     return train_set, test_set
 
@@ -115,10 +114,11 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
         return np.array_split(order, num_shards)
     classes = [order[labels[order] == label] for label in np.unique(labels)]
     for _ in range(1_000):
-        fractions = rng.dirichlet(np.full(num_shards, alpha), size=len(classes))
-        cuts = [(len(images) * row.cumsum()[:-1]).astype(int) for images, row in zip(classes, fractions)]
-        # Each class is cut into a part for each shard, and a shard is its part of each class.
-        shards = [np.concatenate(parts) for parts in zip(*map(np.split, classes, cuts))]
+        parts = []  # of each class, a part for each shard
+        for images in classes:
+            fractions = rng.dirichlet(np.full(num_shards, alpha))
+            parts.append(np.split(images, (len(images) * fractions.cumsum()[:-1]).astype(int)))
+        shards = [np.concatenate(shard) for shard in zip(*parts)]
         if min(len(shard) for shard in shards) >= least:
             return shards
     raise DataError(f"--alpha {alpha:g} leaves a site with fewer than {least} images: raise it or --train_size")
@@ -136,5 +136,5 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = No
 
 
 def collate(samples: list | tuple) -> list | tuple:
-    """Make a batch of samples; cifar10.Images gives a batch already."""
+    """Make a batch of samples; cifar10.Images gives a batch already, as a tuple."""
     return samples if isinstance(samples, tuple) else default_collate(samples)

@@ -1,6 +1,6 @@
 """Federated averaging of SimpleNetwork: the recipe, and where it runs."""
 
-import support.start  # isort: skip  # noqa: F401 - comes first: it ends the program if Python is too old
+import support.start  # isort: skip  # noqa: F401 - comes first: it ends the program in one line if it can't begin
 
 import argparse
 import shlex
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr", type=types.within(float, 1e-9, 100), default=0.01, metavar="X", help="learning rate (default: 0.01)")
     flag("--seed", type=types.within(int, 0, 2**32 - 1), default=0, metavar="N", help="random seed (default: 0)")
     flag("--initial_ckpt", type=types.checkpoint, metavar="FILE", help="start from saved weights")
-    flag("--gpu", type=types.gpu_groups, default=[], metavar="SPEC", help="their GPUs: 0 or 0,1 (default: the first)")
+    flag("--gpu", type=types.gpu_groups, default=[], metavar="SPEC", help="GPUs of the sites, such as 0 or 0,1")
     flag("--env", choices=["sim", "poc", "prod"], default="sim", help="see docs/real-sites.md (default: %(default)s)")
     flag("--startup_kit", type=Path, metavar="DIR", help="your admin startup kit, for --env prod")
     flag("--enable_log_streaming", action="store_true", help="prod, --export: sites send their logs to the server")
@@ -71,7 +71,7 @@ def make_recipe(args: argparse.Namespace, data: dict) -> FedAvgRecipe:
     add_experiment_tracking(recipe, "tensorboard")
     if args.cross_site_eval:
         add_cross_site_evaluation(recipe)
-    elif args.evaluates:
+    elif args.evaluates:  # the script calls flare.is_evaluate
         add_final_global_evaluation(recipe)
     add_guards(recipe, args)
     return recipe

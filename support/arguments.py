@@ -33,14 +33,14 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     exported, the run's folder, and the name that an earlier run's folder will get.
     """
     words = sys.argv[1:] if argv is None else argv
-    without_data_flags = copy.deepcopy(parser)
+    of_job = copy.deepcopy(parser)  # knows job.py's own flags: the words that it leaves over are those of data.py
     try:
         add_data_flags(parser)
         args = parser.parse_args(words)
         if taken := {"command", "data_words", "export", "evaluates", "run_folder", "earlier_run"} & vars(args).keys():
             raise ValueError(f"{taken.pop()} can't be a flag of data.py: rename it in add_data_flags")
         args.command = shlex.join(["python", "job.py", *words])
-        _, args.data_words = without_data_flags.parse_known_args(words)  # parsed values would lose how they were given
+        _, args.data_words = of_job.parse_known_args(words)
         complete(args)
     except Exception as error:  # one of ours, or of a mistake in a data.py
         parser.error(str(error) if isinstance(error, ValueError) else describe(error))

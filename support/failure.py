@@ -42,11 +42,11 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
     # NVFlare 2.9.0 itself kills the scripts of a job that failed. With few --num_threads it kills each script that has
     # no thread at the end. In prod, the end of a log may not have come.
-    may_be_killed = job_failed or args.num_threads < args.n_clients or args.env == "prod"
+    kill_says_nothing = job_failed or args.num_threads < args.n_clients or args.env == "prod"
     for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
         end = end_of_script(log)
-        if end and not (end == KILLED and may_be_killed):
+        if end and not (end == KILLED and kill_says_nothing):
             return f"{site} failed: {end}{see}"
     return ""
 

@@ -80,7 +80,6 @@ def checkpoint(text: str) -> Path:
         model = create_model()
     except (Exception, SystemExit) as error:
         raise argparse.ArgumentTypeError(f"create_model failed with {describe(error)}") from error
-    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # a mask may hold -inf by design
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         weights = weights.get("model", weights)  # where NVFlare puts them
@@ -93,6 +92,7 @@ def checkpoint(text: str) -> Path:
         if entry in weights:
             advice = f"write them alone, with torch.save(torch.load({text!r})[{entry!r}], FILE)"
             raise argparse.ArgumentTypeError(f"{text!r} has its weights in an entry: {advice}")
+    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # a mask may hold -inf by design
     try:
         model.load_state_dict(weights)
     except Exception as error:

@@ -19,13 +19,10 @@ NAME_SLOW_AFTER = 120  # seconds without a task or a result, after which the ser
 
 
 def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Send the script's modules along, and let the server report rounds, refuse bad models and do without lost sites.
-
-    A round may lack n_clients - min_sites of the sites that it draws.
-    """
+    """Send the script's modules, and let the server report rounds, refuse bad models and do without lost sites."""
     check_model(create_model(args.seed).state_dict())  # which the server will call
     send_along(recipe, args)  # comes first: with the first file, NVFlare 2.9.0 makes the executor that is changed below
-    spare = args.n_clients - args.min_sites
+    spare = args.n_clients - args.min_sites  # so many sites a round may lack
     job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
     job.job.min_clients = args.n_clients  # so many must be there to begin
     server_app = job._deploy_map["server"].app_config

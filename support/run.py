@@ -57,10 +57,11 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
             yield run
             print(end="", flush=True)  # so that it fails here if it can't be written
     except Stopped as stopped:
-        # Without run.data, the folder is still the earlier run's.
-        complete = run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt"))
-        left = f"the rounds before are in {args.run_folder}" if complete else "no round was complete"
-        left = "the federation may have the job" if args.env == "prod" else left
+        left = "no round was complete"
+        if run.data and args.env == "prod":
+            left = "the federation may have the job"
+        elif run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt")):  # else an earlier run's
+            left = f"the rounds before are in {args.run_folder}"
         print(f"job.py: stopped; {stopped.left or left}", file=sys.stderr, flush=True)
         if os.path.realpath(getattr(sys.modules["__main__"], "__file__", "")) == str(HERE / "job.py"):
             os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on

@@ -82,8 +82,9 @@ class Follower:
     def look(self, session: Session, job_id: str, meta: dict) -> bool:
         """Show what is new; return whether there is anything to wait for."""
         waiting = meta["status"] == "SUBMITTED"
-        for news in meta.get("schedule_history", []) if waiting else [meta["status"]]:
-            self.show_once(news)
+        news = meta.get("schedule_history", []) if waiting else [meta["status"]]
+        for text in news:
+            self.show_once(text)
         system = session.get_system_info()
         self.last_answer = time.monotonic()
         self.server_start = self.server_start or system.server_info.start_time

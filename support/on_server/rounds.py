@@ -24,7 +24,7 @@ from support.on_site.last_word import TOPIC
 ASK_EVERY = 5  # seconds, which is also how long an answer may take
 SILENT_AFTER = 25  # seconds
 NEVER_THERE_AFTER = 120  # seconds, for a site that has not answered yet
-REFUSED = "hello_pt_refused"  # in a context: why whole_models.py refuses the result
+REFUSED = "hello_pt_refused"  # in a context: why whole_models.py refuses the result; "" if the site's log says it
 
 
 def printable(text: str) -> str:
@@ -93,7 +93,7 @@ class Rounds(FLComponent):
                 self.report(site, fl_ctx)
         elif event_type == AppEventType.AFTER_AGGREGATION:
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
-            if self.spare or not self.lost:  # else WholeGlobalModels refuses this mean
+            if self.spare or not self.lost:  # else this mean is of too few sites, and isn't saved
                 self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type == EventType.CLIENT_DISCONNECTED:
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)

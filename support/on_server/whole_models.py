@@ -132,7 +132,7 @@ def check_weights(weights: dict, wanted: dict) -> None:
         local = torch.as_tensor(weights[name])
         if local.shape != value.shape:
             raise ValueError(f"its local model's {name} has the shape {tuple(local.shape)}, not {tuple(value.shape)}")
-        finite = local.isfinite() & local.to(value.dtype).isfinite()  # 1e300 isn't, as float32
+        finite = local.isfinite() & local.to(value.dtype).isfinite()  # 1e300 isn't finite as float32
         if not (finite | ~value.isfinite()).all():  # a mask may hold infinity
             raise ValueError(f"its local model's {name} isn't finite: training diverged, try a smaller --lr")
 
