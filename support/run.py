@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -72,13 +73,11 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
         sys.exit(f"job.py: error: {describe(stop)} ended the program")
     except Exception as error:
         reason = reason_of_failure(args, error) if isinstance(error, JobFailed) else describe(error)
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and not error.filename:
+            reason = f"can't write to standard output: {error.strerror}"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
         if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
             reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
-        try:
-            print(end="", flush=True)
-        except OSError as unwritable:  # a closed pipe, say
-            reason = f"can't write to standard output: {unwritable.strerror}"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
         print(f"job.py: error: {reason}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) and not run.begun else 1)
 
