@@ -24,6 +24,7 @@ def within(kind: Callable, low: float, high: float) -> Callable:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
+    number.__name__ = kind.__name__  # which argparse names
     return number
 
 
