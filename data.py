@@ -1,6 +1,6 @@
-"""What a site trains on. To use data of your own, replace the four functions that are called from elsewhere.
+"""What a site trains on. To use data of your own, replace the four functions that job.py and the clients call.
 
-The job calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
+job.py calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from cifar10 import DATA_ROOT, DataError, load_cifar10, synthetic_images
 
-ALPHA = 0.5  # by default, for --split dirichlet
+ALPHA = 0.5  # the default of --alpha
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what a site trains on: job.py takes them and hands them on to the client script."""
     flag = parser.add_argument
-    flag("--dataset", choices=["auto", "cifar10", "synthetic"], default="auto", help="auto: cifar10 if to be had")
+    flag("--dataset", choices=["auto", "cifar10", "synthetic"], default="auto", help="auto: cifar10 if it can be had")
     flag("--data_root", default=DATA_ROOT, metavar="DIR", help="of CIFAR-10; {site}: its name (default: %(default)s)")
     flag("--train_size", type=int, metavar="N", help="use only so many training images (default: all)")
     flag("--test_size", type=int, metavar="N", help="use only so many test images (default: all)")
@@ -31,7 +31,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def prepare_data(args: argparse.Namespace) -> dict:
     """Get the images ready before any client wants them, and settle what "auto" means.
 
-    Returns {"name": in words, "flags": what the sites get instead, "warning": "" if all is well}.
+    Returns {"name": in words, "flags": values that replace the sites' flags, "warning": "" if all is well}.
     Raises ValueError if the flags can't be right, and DataError if CIFAR-10 can't be had.
     """
     for name, most in (("train_size", 50_000), ("test_size", 10_000)):
@@ -62,11 +62,11 @@ def prepare_data(args: argparse.Namespace) -> dict:
 
 
 def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
-    """Return the training and the test set of a site, any two map-style Datasets: see cifar10.Images for a sample.
+    """Return the training and the test set of a site, two map-style Datasets. cifar10.Images says what a sample is.
 
     Args:
         args: the flags of add_data_flags, with `seed` and `sites`.
-        site: the site's name. Where the split isn't "same", its place in `sites` says which share it takes.
+        site: the site's name. Its place in `sites` decides its share, if the split isn't "same".
 
     Raises:
         DataError: CIFAR-10 can't be had, or the images can't be split so.
@@ -85,7 +85,7 @@ def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
 
 
 def data_folder(args: argparse.Namespace, site: str) -> Path:
-    """Return --data_root as it is on a site: with its name for {site}, and its ~ and $VARIABLES."""
+    """Return --data_root on a site: {site} becomes its name, and ~ and $VARIABLES get their values there."""
     folder = os.path.expandvars(args.data_root.replace("{site}", site))
     if "$" in folder:
         raise DataError(f"a variable in --data_root {args.data_root!r} is not set on {site}: set it at its start")
@@ -93,13 +93,13 @@ def data_folder(args: argparse.Namespace, site: str) -> Path:
 
 
 def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
-    """Divide images and return their indices, int64: disjoint shards that hold all, the same for the same seed.
+    """Divide images into shards, and return each shard's indices, int64. The shards are disjoint and hold all images.
 
     Args:
         labels: int64 (N,), the class of each image.
         split: "iid" gives each shard the same number of random images. "dirichlet" skews the labels (Yurochkin et al.
-            2019, arXiv:1905.12022): of each class, the shards take fractions drawn from Dir(alpha, ..., alpha). It
-            draws again until each shard has 10 images, or an equal share if that is less.
+            2019, arXiv:1905.12022): of each class, the shards take fractions drawn from Dir(alpha, ..., alpha). All
+            are drawn again until each shard has 10 images, or an equal share if that is less.
         alpha: > 0; near 0 each class goes to one shard, and in the thousands all shards look alike.
 
     Raises:
@@ -114,7 +114,7 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
         return np.array_split(order, num_shards)
     classes = [order[labels[order] == label] for label in np.unique(labels)]
     for _ in range(1_000):
-        parts = []  # of each class, a part for each shard
+        parts = []  # for each class, its part for each shard
         for images in classes:
             fractions = rng.dirichlet(np.full(num_shards, alpha))
             parts.append(np.split(images, (len(images) * fractions.cumsum()[:-1]).astype(int)))
@@ -127,8 +127,8 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
 def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = None) -> DataLoader:
     """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
 
-    With shuffle_by, such as (seed, site, round), it seeds torch and shuffles. Dropout and augmentation draw from torch,
-    too, so the same values give the same training again.
+    With shuffle_by, such as (seed, site, round), it seeds torch and shuffles. Dropout and augmentation use torch's
+    generator, too: the same values repeat the training.
     """
     if shuffle_by:
         torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))
@@ -136,5 +136,5 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = No
 
 
 def collate(samples: list | tuple) -> list | tuple:
-    """Make a batch of samples; cifar10.Images gives a batch already, as a tuple."""
+    """Make a batch of samples. What cifar10.Images returns is a batch already: a tuple."""
     return samples if isinstance(samples, tuple) else default_collate(samples)

@@ -1,6 +1,6 @@
 """Federated averaging of SimpleNetwork: the recipe, and where it runs."""
 
-import support.start  # isort: skip  # noqa: F401 - comes first: it ends the program in one line if it can't begin
+import support.start  # isort: skip  # noqa: F401 - first: if the program can't begin, this ends it in one line
 
 import argparse
 import shlex
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num_rounds", type=count, default=2, metavar="N", help="federated rounds (default: %(default)s)")
     flag("--first_round", type=count, default=1, metavar="N", help="with --initial_ckpt: number of the next round")
     flag("--clients_per_round", type=count, metavar="N", help="sites that a round draws at random (default: all)")
-    flag("--min_sites", type=count, metavar="N", help="poc, prod: go on while so many sites are left (default: all)")
+    flag("--min_sites", type=count, metavar="N", help="poc, prod: go on while N sites are left (default: all)")
     flag("--num_threads", type=count, metavar="N", help="sites that train at the same time (default: all)")
     flag("--train_script", type=types.client_script, default=CLIENT, metavar="F", help="default: client.py")
     flag("--train_args", type=shlex.split, default="", metavar="STRING", help='its flags: --train_args="--flag value"')

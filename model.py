@@ -34,7 +34,7 @@ class SimpleNetwork(nn.Module):
 def create_model(seed: int = 0) -> nn.Module:
     """Return the network that the federation learns. Its initial weights come from the seed.
 
-    A job holds no model, only this function's name: the server calls it for the first global model, with job.py's seed.
+    A job holds only this function's name. The server calls it with job.py's seed, for the first global model.
     """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
         torch.manual_seed(seed)

@@ -7,9 +7,9 @@ arguments.py     Is the command line right?
 flag_types.py    Is a single flag right?
 run.py           What guards a run: one run a workspace, earlier results kept, one line for whatever fails.
 process.py       This process, its signals, and the processes that a run starts.
-recipe.py        What a recipe needs beside NVFlare's defaults: modules to send, guards on the server.
+recipe.py        What a recipe needs beside NVFlare's defaults: modules to send, guards on server and sites.
 environments.py  NVFlare's SimEnv, PocEnv and ProdEnv, with what they need.
-simulation.py    The simulator, and its share of the cores.
+simulation.py    The simulator, whose sites share the cores.
 console.py       What a job's processes show.
 failure.py       Which site failed, and why: it reads NVFlare's logs.
 results.py       What NVFlare left, read once, checked once.

@@ -14,7 +14,7 @@ from support import flag_types as types
 from support.text import HERE, JOB_NAME, describe, one_line
 
 TRAIN_FLAGS = ["epochs", "batch_size", "lr", "seed"]  # of every client script, beside --sites
-LIMITED = ["num_threads", "clients_per_round", "min_sites"]  # at most all sites, which is the default
+LIMITED = ["num_threads", "clients_per_round", "min_sites"]  # each is at most, and by default, the number of sites
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     exported, the run's folder, and the name that an earlier run's folder will get.
     """
     words = sys.argv[1:] if argv is None else argv
-    of_job = copy.deepcopy(parser)  # knows job.py's own flags: the words that it leaves over are those of data.py
+    of_job = copy.deepcopy(parser)  # it knows job.py's flags alone, so the words that it leaves over are data.py's
     try:
         add_data_flags(parser)
         args = parser.parse_args(words)
@@ -42,7 +42,7 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
         args.command = shlex.join(["python", "job.py", *words])
         _, args.data_words = of_job.parse_known_args(words)
         complete(args)
-    except Exception as error:  # one of ours, or of a mistake in a data.py
+    except Exception as error:  # one of ours, or one that a faulty data.py raised
         parser.error(str(error) if isinstance(error, ValueError) else describe(error))
     return args
 
@@ -55,7 +55,7 @@ def complete(args: argparse.Namespace) -> None:
     args.n_clients = len(args.sites)
     args.export = "--export" in sys.orig_argv  # NVFlare 2.9.0 takes it out of sys.argv, and obeys it in execute
     args.evaluates = types.evaluates(args.train_script)
-    args.startup_kit = args.startup_kit and args.startup_kit.absolute()
+    args.startup_kit = args.startup_kit and args.startup_kit.expanduser().absolute()
     args.run_folder = args.workspace / JOB_NAME
     for mistaken, message in mistakes(args):
         if mistaken:
@@ -70,7 +70,7 @@ def complete(args: argparse.Namespace) -> None:
     if args.initial_ckpt:
         if args.run_folder in args.initial_ckpt.parents and not args.export:  # the run will rename that folder
             args.initial_ckpt = args.earlier_run / args.initial_ckpt.relative_to(args.run_folder)
-        # NVFlare 2.9.0 sends a checkpoint along if its path is relative, here to the folder that a run works in.
+        # NVFlare 2.9.0 sends a checkpoint along only if its path is relative. A run works in HERE.
         args.initial_ckpt = os.path.relpath(args.initial_ckpt, os.getcwd() if args.export else HERE)
 
 
@@ -82,7 +82,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     too_many = [name for name in LIMITED if (getattr(args, name) or 0) > n_clients]
     export_dir = any(word.startswith("--export-dir") for word in sys.orig_argv)
     places = [sys.executable, tempfile.gettempdir(), str(args.workspace)]
-    unfit = [place for place in places if re.search(r"""[\s'"#\\]""", place)]  # which NVFlare 2.9.0 splits as a shell
+    unfit = [place for place in places if re.search(r"""[\s'"#\\]""", place)]  # NVFlare 2.9.0 splits them as a shell
     kit = args.startup_kit and args.startup_kit / "startup" / "fed_admin.json"
     foreign = os.path.lexists(run_folder) and not (run_folder / "server").is_dir()
     return [
@@ -97,7 +97,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (args.export and args.env != "sim", f"--export and --env {args.env} are two ways to use a job: choose one"),
         ((args.env == "prod") != (args.startup_kit is not None), "--env prod and --startup_kit go together"),
         (simulated and spare, "--min_sites is for --env poc or prod: a simulation ends when it loses a site"),
-        ((args.clients_per_round or n_clients) <= spare, "a round could draw only lost sites: see --min_sites"),
+        ((args.clients_per_round or n_clients) <= spare, "a round could draw lost sites alone: see --min_sites"),
         (args.cross_site_eval and not args.evaluates, "--cross_site_eval needs a script that calls is_evaluate"),
         (unfit and not on_sites, f"NVFlare can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
         (kit and not kit.is_file(), f"{args.startup_kit} is not an admin's startup kit: no startup/fed_admin.json"),
@@ -107,12 +107,13 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
 def script_flags(args: argparse.Namespace, data: dict) -> str:
     """Return the flags of a client script: --epochs and so on, --sites, those of data.py, and --train_args.
 
-    Those of data.py are the words of the command line, and what prepare_data returned as the "flags" of `data`. Raises
+    Those of data.py are words of the command line, and then the "flags" that prepare_data returned in `data`. Raises
     ValueError if NVFlare would replace a part of a value.
     """
-    words = [f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS] + args.data_words
+    words = ["--sites", *args.sites, *(f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS)]
+    words += args.data_words
     words += [f"--{name}={value}" for name, value in data.get("flags", {}).items()]
-    words += ["--sites", *args.sites, *args.train_args]
+    words += args.train_args
     if re.search("[{}]", str(words).replace("{site}", "")):
         raise ValueError("a script's flags can't hold braces, but for {site}")  # NVFlare 2.9.0 replaces {name} in them
     return shlex.join(words)

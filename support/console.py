@@ -8,7 +8,7 @@ import re
 from support.on_site.run_script import ENDED
 from support.text import CONTROLS
 
-TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client script prints, and of some lines more
+TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client script prints, and of a few lines more
 OF_SERVER = ("Rounds", "WholeLocalModels")  # our loggers on the server
 
 
@@ -39,5 +39,5 @@ class Console(logging.Handler):
         if record.levelno <= logging.WARNING and logger in (TRAINER, *OF_SERVER, "CrossSiteModelEval"):
             text = to_show(logger, record.levelname, record.getMessage())
             if text is not None:
-                with contextlib.suppress(OSError):  # job.py finds that out when it writes its summary
+                with contextlib.suppress(OSError):  # a closed output: job.py finds that out when it writes its summary
                     os.write(1, f"{text}\n".encode(errors="surrogateescape"))

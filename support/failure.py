@@ -16,7 +16,7 @@ NOT_READY = "no attribute 'get_widget'"  # NVFlare 2.9.0's server, asked by show
 
 
 def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
-    """Say which site failed first, or that the server did, why, and where the log is."""
+    """Say which sites failed, or that the server did, why, and where the log is."""
     if dead := dead_process(args.run_folder):
         return dead
     server_log, see_server = find_log(args.run_folder)
@@ -37,7 +37,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
 
 def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     """Say which site's script failed, by how the scripts ended; return "" if none did, as far as it is known here."""
-    lost = read_lost_sites(args.run_folder)  # which the job did without
+    lost = read_lost_sites(args.run_folder)  # the job went on without them
     # In prod, a site's name may be in no flag.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
     # NVFlare 2.9.0 itself kills the scripts of a job that failed. With few --num_threads it kills each script that has
@@ -85,7 +85,7 @@ def end_of_script(log: list[dict]) -> str:
 
 def dead_process(run_folder: Path) -> str:
     """Say which simulated site's process died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
-    died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"  # in the server's log
+    died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"  # as the server logs it
     raised = r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)"
     for log in run_folder.glob("*/error_log.txt"):
         with contextlib.suppress(OSError):

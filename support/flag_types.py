@@ -13,7 +13,7 @@ import torch
 from model import create_model
 from support.text import HERE, MODULES, describe, one_line
 
-RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # modules, and no script's name
+RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # no names of scripts
 
 
 def within(kind: Callable, low: float, high: float) -> Callable:
@@ -24,7 +24,7 @@ def within(kind: Callable, low: float, high: float) -> Callable:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    number.__name__ = kind.__name__  # which argparse names
+    number.__name__ = kind.__name__  # argparse puts this name into its message
     return number
 
 
@@ -56,7 +56,7 @@ def client_script(text: str) -> Path:
     loaded = getattr(sys.modules.get(script.stem), "__file__", None)
     if script.stem in RESERVED or loaded not in (None, str(script)):
         raise argparse.ArgumentTypeError(f"{text!r} has the name of a module that the job needs: rename the script")
-    for module in MODULES:  # a job holds one module of a name
+    for module in MODULES:  # a job holds one module of each name
         beside = script.with_name(module)
         if beside.exists() and not beside.samefile(HERE / module):
             raise argparse.ArgumentTypeError(
@@ -75,7 +75,7 @@ def evaluates(script: Path) -> bool:
 def checkpoint(text: str) -> Path:
     """Check that a file holds weights of the model; no code in it is run."""
     file = Path(os.path.realpath(text))
-    if not os.path.isfile(file) or file.suffix == ".py":  # the job holds it under its name, beside the scripts
+    if not os.path.isfile(file) or file.suffix == ".py":  # the job holds it by its own name, beside the scripts
         raise argparse.ArgumentTypeError(f"there is no checkpoint file {text!r}")
     try:
         model = create_model()
@@ -85,8 +85,8 @@ def checkpoint(text: str) -> Path:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         weights = weights.get("model", weights)  # where NVFlare puts them
         if any(getattr(tensor, "requires_grad", False) for tensor in weights.values()):
-            raise TypeError("NVFlare can't load parameters")  # but the tensors of a state_dict
-    except Exception as error:  # whose own text may advise to run the code in the file
+            raise TypeError("NVFlare can't load parameters")  # a state_dict holds plain tensors
+    except Exception as error:  # torch's own text may advise to run the code in the file
         advice = "write one with torch.save(model.state_dict(), FILE)"
         raise argparse.ArgumentTypeError(f"{text!r} is no file of weights: {advice}") from error
     for entry in ("state_dict", "model_state_dict"):  # where tutorials put the weights

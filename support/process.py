@@ -21,8 +21,8 @@ def process_as_it_was() -> Iterator[None]:
     environment, folder, path = dict(os.environ), os.getcwd(), list(sys.path)
     disabled = logging.root.manager.disable
     errors = getattr(sys.stdout, "errors", None)
-    reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # a notebook's standard output is no file
-    reconfigure(errors="backslashreplace")  # of letters that the output's encoding lacks
+    reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # a notebook's output has none
+    reconfigure(errors="backslashreplace")  # for letters that the output's encoding lacks
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def process_as_it_was() -> Iterator[None]:
 class Stopped(SystemExit):
     """A signal asked job.py to stop."""
 
-    left = None  # what it leaves, if that isn't the rounds in the run's folder
+    left = None  # what is left, if not the rounds in the run's folder
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def share_cores(clients: int) -> None:
-    """Let each client compute on its share of the cores: left alone, each takes all, and they spin on each other."""
+    """Give each client its share of the cores. Otherwise each takes all, and they slow each other down."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // clients)))
 
 

@@ -19,12 +19,12 @@ NAME_SLOW_AFTER = 120  # seconds without a task or a result, after which the ser
 
 
 def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Send the script's modules, and let the server report rounds, refuse bad models and do without lost sites."""
-    check_model(create_model(args.seed).state_dict())  # which the server will call
+    """Send the script's modules. Let the server report rounds, refuse bad models and go on without lost sites."""
+    check_model(create_model(args.seed).state_dict())  # the server will call create_model
     send_along(recipe, args)  # comes first: with the first file, NVFlare 2.9.0 makes the executor that is changed below
     spare = args.n_clients - args.min_sites  # so many sites a round may lack
-    job = recipe._job  # NVFlare 2.9.0's own recipe.utils use it
-    job.job.min_clients = args.n_clients  # so many must be there to begin
+    job = recipe._job  # private, but NVFlare 2.9.0's own recipe.utils use it, too
+    job.job.min_clients = args.n_clients  # the job begins with all sites
     server_app = job._deploy_map["server"].app_config
     server_app.workflows[0].controller.start_round = args.first_round - 1  # FedAvg's
     last_round = args.first_round - 1 + args.num_rounds
@@ -57,7 +57,7 @@ def check_model(weights: dict) -> None:
     """See that a network's state_dict holds what can be sent and averaged; raise OSError if it doesn't."""
     for name, value in weights.items():
         try:
-            (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)  # as NVFlare sends it
+            (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)  # as NVFlare does it
         except Exception as error:  # of a sparse, lazy, meta or float8 tensor, or of something else than a tensor
             raise OSError(f"{name} in the state_dict of create_model can't be sent: {describe(error)}") from error
     if "model" in weights:
@@ -74,5 +74,5 @@ def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
     # NVFlare 2.9.0 follows imports of modules, but not of packages.
     beside = [*HERE.glob("*/__init__.py"), *args.train_script.parent.glob("*/__init__.py")]
     for name, folder in {file.parent.name: str(file.parent) for file in beside}.items():
-        if name != "support":  # of which NVFlare sends what a job needs
+        if name != "support":  # NVFlare itself sends those files of it that a job needs
             recipe._job.add_file_to_clients(folder, dest_dir=name)

@@ -25,9 +25,9 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
         rounds: of each round, the metrics that the sites reported: {site: {name: value}}.
         models: the same of each model that was evaluated at the end, by its name.
         key_metric: {"name": ..., "mode": ...}, that of model.py.
-        best_model: the better one of the global models, by the mean of key_metric over the sites that have a number;
-            None if none has. `round` says of how many rounds the model is.
-        lost_sites: of each site that was, for a round or for good: [[what happened, in which round, why], ...].
+        best_model: the better global model, by the mean of key_metric over the sites that have a number; None if none
+            has. `round` is the number of rounds that made it.
+        lost_sites: of each site that was ever lost: [[what happened, in which round, why], ...].
         paths: of the global models' files, of TensorBoard's, and of all.
 
     Raises:
@@ -49,7 +49,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
     name, mode = KEY_METRIC
     global_models = []
     best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # so many rounds made it
-    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # the first of equals counts
+    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the first
         values = {site: metrics[name] for site, metrics in models.get(model, {}).items() if name in metrics}
         if values:
             global_models.append({"name": model, name: mean(values.values()), "round": round})

@@ -27,11 +27,11 @@ LOCK = ".hello-pt.lock"  # in the workspace
 
 
 class Run:
-    """A run, or an export, which needs less."""
+    """A run, or an export, which needs only the checks."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.data, self.begun = args, None, False
-        self.stack = contextlib.ExitStack()  # what begin enters is left when guarded ends
+        self.stack = contextlib.ExitStack()  # what begin enters ends when guarded ends
 
     def begin(self, data: dict) -> None:
         """Take the workspace, say what the sites train on (what prepare_data returned), and rename an earlier run."""
@@ -51,21 +51,21 @@ class Run:
 
 @contextlib.contextmanager
 def guarded(args: argparse.Namespace) -> Iterator[Run]:
-    """Guard a run. What fails ends in one line, with status 1, or 2 if it is wrong before the run begins."""
+    """Guard a run. What fails ends in one line, with status 1, or 2 for a ValueError before the run begins."""
     run = Run(args)
     try:
         with process_as_it_was(), ended_by_signals(), run.stack:
             yield run
-            print(end="", flush=True)  # so that it fails here if it can't be written
+            print(end="", flush=True)  # if standard output can't be written, this fails here
     except Stopped as stopped:
         left = "no round was complete"
         if run.data and args.env == "prod":
             left = "the federation may have the job"
-        elif run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt")):  # else an earlier run's
+        elif run.data and any(args.run_folder.glob("**/app_server/FL_global_model.pt")):  # of this run
             left = f"the rounds before are in {args.run_folder}"
         print(f"job.py: stopped; {stopped.left or left}", file=sys.stderr, flush=True)
         if os.path.realpath(getattr(sys.modules["__main__"], "__file__", "")) == str(HERE / "job.py"):
-            os._exit(stopped.code)  # NVFlare 2.9.0's threads for a connection that a signal interrupted would live on
+            os._exit(stopped.code)  # NVFlare 2.9.0's threads of an interrupted connection would live on
         raise
     except SystemExit as stop:
         if args.export and not stop.code:  # NVFlare has written the job's folder
@@ -95,7 +95,7 @@ def only_run(run_folder: Path) -> Iterator[None]:
     """Be the only run in a folder, and leave none of its processes behind.
 
     Raises:
-        OSError: the workspace can't be made or written; or another job.py runs there, or what a killed one left.
+        OSError: the workspace can't be made or written; or another job.py runs there, or processes of a killed one.
     """
     run_folder.parent.mkdir(parents=True, exist_ok=True)
     at_work = f"at work in {run_folder}: wait for its end, or choose another --workspace"
@@ -108,13 +108,13 @@ def only_run(run_folder: Path) -> Iterator[None]:
         raise OSError(f"another job.py is {at_work}") from None
     with lock, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if orphans := processes_of(run_folder):
-            raise OSError(f"process {orphans[0].pid} (the simulation of a killed job.py) is {at_work}")
+            raise OSError(f"process {orphans[0].pid} (left by a killed job.py) is {at_work}")
         os.environ |= {
             RUN_VARIABLE: str(run_folder),
-            "TMPDIR": scratch,  # so that temporary files go, even those of a killed process
+            "TMPDIR": scratch,  # deleted at the end, with the files that killed processes left
         }
-        # Where `python -m`, which starts the server, looks first, so that it finds this model.py and no other: NVFlare
-        # 2.9.0 puts a job's code behind all else in sys.path.
+        # `python -m`, which starts the server, looks here first, and so finds this model.py and no other. NVFlare 2.9.0
+        # puts a job's code behind all else in sys.path.
         os.chdir(HERE)
         try:
             yield

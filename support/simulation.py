@@ -1,4 +1,4 @@
-"""NVFlare's simulator, with its share of the cores, and with an end when a site's process dies."""
+"""NVFlare's simulator, whose sites share the cores, and which ends when a site's process dies."""
 
 import argparse
 import contextlib
@@ -17,11 +17,11 @@ from support.failure import dead_process, read_lost_sites
 from support.process import kill, processes_of, share_cores
 from support.text import JobFailed
 
-PATIENCE = 5  # seconds that a run which has failed gets to end by itself
+PATIENCE = 5  # seconds that a failed run has to end by itself
 
 
 class SimEnv(nvflare.recipe.SimEnv):
-    """NVFlare's simulator in the folder of a run, whose parent is the workspace and whose name is the job's."""
+    """NVFlare's simulator, in the run's folder: WORKSPACE/hello-pt."""
 
     def __init__(self, args: argparse.Namespace):
         os.environ.pop("NVFLARE_SIMULATOR_WORKSPACE_ROOT", None)  # would override --workspace

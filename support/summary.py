@@ -14,12 +14,12 @@ from support.results import BEST_MODEL, FINAL_MODEL
 from support.tables import MOST_COLUMNS, print_table, show
 from support.text import HERE, describe
 
-MOST_CLASSES = 10_000  # labels above this are not counted as classes
+MOST_CLASSES = 10_000  # with a larger label, nothing is counted
 MOST_ROUNDS = 7  # that a table shows
 
 
 def show_data(args: argparse.Namespace, data: dict) -> dict:
-    """Print what each site has, class by class, and return it. In a provisioned federation, only the sites know it.
+    """Print and return how many samples of each class each site has. In prod only the sites know, and nothing is shown.
 
     Args:
         data: what prepare_data of data.py returns.
@@ -48,7 +48,7 @@ def describe_site(args: argparse.Namespace, site: str) -> dict:
 
 
 def print_samples(sites: dict[str, dict]) -> None:
-    few = all(len(has["class_counts"]) <= MOST_COLUMNS - 2 for has in sites.values())  # a table has no room for more
+    few = all(len(has["class_counts"]) <= MOST_COLUMNS - 2 for has in sites.values())  # one block of columns
     rows = {
         site: {"test": has["test_size"], "train": has["train_size"], **(has["class_counts"] if few else {})}
         for site, has in sites.items()
@@ -93,8 +93,8 @@ def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
                 writer.add_scalar(name, value, global_step=results["final_round"])
     command = f"tensorboard --logdir {shlex.quote(results['paths']['tensorboard'])}"
     report = {"settings": vars(args), "data": data, **results, "tensorboard_command": command}
-    print_summary(report)
     (args.run_folder / "summary.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print_summary(report)
 
 
 def print_summary(report: dict) -> None:

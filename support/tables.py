@@ -12,7 +12,7 @@ def print_table(title: str, rows: dict[str, dict], columns: list[str], most_rows
 
     Args:
         rows: {name of the row: {name of the column: cell}}.
-        most_rows: if there are more, dots stand for those between the first two and the last ones; by default, none.
+        most_rows: if there are more, dots stand for the rows between the first two and the last ones. None: no limit.
     """
     texts = {name: {column: show(row.get(column, "-")) for column in columns} for name, row in rows.items()}
     if most_rows and len(texts) > most_rows:

@@ -59,7 +59,7 @@ class ProdEnv(nvflare.recipe.ProdEnv):
 
 def submit(deploy, job: FedJob, place: str | Path) -> str:
     """Submit a job to a federation; raise OSError, in one line, if it can't be reached or doesn't take the job."""
-    logging.disable()  # in this process: what NVFlare logs of a failed connection is in its exception, too
+    logging.disable()  # what NVFlare logs of a failed connection is in its exception, too
     try:
         return deploy(job)
     except Exception as error:  # of NVFlare's many kinds

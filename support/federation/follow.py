@@ -47,7 +47,7 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
                     session.close()
     if follower.problem:
         raise ConnectionError(follower.problem)
-    logs = [results / "log.json"]  # for what came since they were last asked for
+    logs = [results / "log.json"]  # they may hold lines that came after the last look
     if follower.streams:
         logs += log_files(args.run_folder, "*")
     follower.show_records([record for log in logs for record in read_log(log)])
@@ -95,8 +95,8 @@ class Follower:
         sites = [client.name for client in system.client_info]
         if not waiting:
             self.show_logs(session, sites)
-            # No answer for two minutes: the job has ended at all sites but a lost one, and NVFlare 2.9.0 waits 600 s
-            # for that. The scripts had their 60 s.
+            # No stats for two minutes: the job has ended at all sites but a lost one, for which NVFlare 2.9.0 waits
+            # 600 s. The other scripts have had their 60 s.
             if self.last_stats and self.last_answer - self.last_stats > 2 * LOST_AFTER:
                 session.abort_job(job_id)
         elif len(sites) < self.args.n_clients and self.last_answer - self.start > SITES_WITHIN:
@@ -106,7 +106,7 @@ class Follower:
         return True
 
     def show_logs(self, session: Session, sites: list[str]) -> None:
-        """Show what is new of what a job's server says, and its sites print."""
+        """Show what is new in what the job's server says and its sites print."""
         said = []
         with contextlib.suppress(JobNotRunning, LookupError, TypeError):  # at its start and its end
             said = session.show_stats(self.job_id, "server")["server"]["rounds"]["said"]
@@ -114,7 +114,7 @@ class Follower:
         if self.streams:
             logs = {}
             try:
-                for place in ("server", *sites):  # NVFlare 2.9.0 leaves live logs out if it is asked for all at once
+                for place in ("server", *sites):  # asked for all at once, NVFlare 2.9.0 leaves live logs out
                     logs[place] = session.get_job_logs(self.job_id, place, log_file_name="log.json")["logs"].get(place)
                 self.show_records(parse_log("\n".join(filter(None, logs.values()))))
                 for site in sites:
@@ -131,7 +131,7 @@ class Follower:
         """Show what is new in logs, in its order in time."""
         for record in sorted(records, key=lambda record: record["asctime"]):
             message = to_show(record["name"], record["levelname"], record["message"])
-            if message is not None:  # what a script prints, or is refused for, may be the same again later
+            if message is not None:  # a script may print the same again later
                 again = record["name"] in (TRAINER, "WholeLocalModels")
                 self.show_once(message, when=record["asctime"] if again else "")
 

@@ -1,4 +1,4 @@
-"""How does a job get on? The server says it: rounds, reports, sites that are slow or lost. The seed draws sites."""
+"""How does a job get on? The server says it: rounds, reports, slow and lost sites. It seeds the drawing of sites."""
 
 import collections
 import json
@@ -24,11 +24,11 @@ from support.on_site.last_word import TOPIC
 ASK_EVERY = 5  # seconds, which is also how long an answer may take
 SILENT_AFTER = 25  # seconds
 NEVER_THERE_AFTER = 120  # seconds, for a site that has not answered yet
-REFUSED = "hello_pt_refused"  # in a context: why whole_models.py refuses the result; "" if the site's log says it
+REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result; "" if the site's log says it
 
 
 def printable(text: str) -> str:
-    """Return what a site says in one line that isn't long: it may say anything."""
+    """Return a site's text in one short line. A site may say anything."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:300]).split())
 
 
@@ -55,7 +55,7 @@ class Rounds(FLComponent):
         self.lost = {}  # {site: [[what happened, in which round, why], ...]}
         self.at_work = {}  # {site: (what on, since when)}
         self.could_not_take_part = set()
-        self.last_answer = {}
+        self.last_answer = {}  # {site: when}
         self.start = time.monotonic()
         self.over = threading.Event()
         self.hear_news()
@@ -72,7 +72,7 @@ class Rounds(FLComponent):
             self.over.set()
         elif event_type == AppEventType.ROUND_STARTED:
             current_round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-            random.seed(f"{self.seed} {current_round}")  # from which FedAvg draws next
+            random.seed(f"{self.seed} {current_round}")  # FedAvg draws the round's sites next
             self.place = f"round {current_round + 1}/{self.last_round}"
             self.say(f"{self.place}  begins")
         elif event_type == EventType.AFTER_TASK_DATA_FILTER:
@@ -93,7 +93,7 @@ class Rounds(FLComponent):
                 self.report(site, fl_ctx)
         elif event_type == AppEventType.AFTER_AGGREGATION:
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
-            if self.spare or not self.lost:  # else this mean is of too few sites, and isn't saved
+            if self.spare or not self.lost:  # otherwise the mean is of too few sites, and isn't saved
                 self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type == EventType.CLIENT_DISCONNECTED:
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
@@ -118,7 +118,7 @@ class Rounds(FLComponent):
         self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
 
     def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
-        """Keep what happened to a site, unless it is the same as before; say it if the job can do without the site."""
+        """Keep what happened to a site, unless it was the latest, too. Say it if the job can go on without the site."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
         if events and events[-1][0] == what:
@@ -141,7 +141,7 @@ class Rounds(FLComponent):
             self.name_slow_sites()
             with engine.new_context() as fl_ctx:
                 for site in self.could_not_take_part | self.silent_sites(engine, fl_ctx):
-                    # Each time, since this reaches the current workflow alone, and the next one must hear of it, too.
+                    # Again and again: it reaches the current workflow alone, and the next one must hear of it, too.
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 
     def name_slow_sites(self) -> None:

@@ -1,7 +1,7 @@
 """Which models count? The server refuses what would spoil the mean, adds up in float64, and keeps the tensors' types.
 
-Without this, NVFlare 2.9.0's FedAvg takes the mean of the others' if a site leaves out a tensor, or keeps its old
-values. It counts a number of steps that isn't positive as 1. And it saves a mean of the few that answered.
+NVFlare 2.9.0's FedAvg alone takes the mean of the others if a site leaves out a tensor, and the old values if all do.
+It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
 """
 
 import torch
@@ -19,7 +19,7 @@ from support.on_server.rounds import REFUSED, printable
 
 
 class WholeLocalModels(Filter):
-    """Refuse a local model that would spoil the global one, and hand on what is good in float64.
+    """Refuse a local model that would spoil the global one. Hand on the others in float64.
 
     NVFlare 2.9.0 adds local models up in the order of arrival and in their own type. With three sites, two equal runs
     would differ in the last bits, and float16 would overflow. In float64 the order makes no difference that float32 can
@@ -69,7 +69,7 @@ class WholeLocalModels(Filter):
                 means[name] = self.in_type_of(weights[name], means[name], name)
 
     def compare_whole_numbers(self, weights: dict, wanted: dict) -> None:
-        """Keep the integers and booleans on which all sites agree, since float64 is exact up to 2**53 alone."""
+        """Keep the integers and booleans on which all sites agree: float64 is exact only up to 2**53."""
         for name, value in wanted.items():
             if not torch.as_tensor(value).is_floating_point():
                 local = torch.as_tensor(weights[name])
@@ -89,7 +89,7 @@ class WholeLocalModels(Filter):
 
 
 class WholeSubmittedModels(Filter):
-    """Refuse a submitted local model that the other sites couldn't load. Of a site that was never drawn it is empty."""
+    """Refuse a submitted local model that other sites couldn't load, or the empty one of a site never drawn."""
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         if shareable.get_return_code() == ReturnCode.OK:
@@ -138,7 +138,7 @@ def check_weights(weights: dict, wanted: dict) -> None:
 
 
 def check_steps(steps: object) -> None:
-    """Raise ValueError if FedAvg's weight of a site isn't a positive number. Without one, a site counts as one step."""
+    """Raise ValueError if FedAvg's weight of a site isn't a positive number. A missing number counts as one step."""
     number = isinstance(steps, (int, float)) and not isinstance(steps, bool)
     if steps is not None and not (number and 0 < steps < float("inf")):
         raise ValueError(f"its NUM_STEPS_CURRENT_ROUND is {steps!r}, which is no positive number")

@@ -1,4 +1,4 @@
-"""What does a site tell the server when it can't take part, since its script could not start, say?"""
+"""What does a site tell the server when it can't take part, for example because its script did not start?"""
 
 from pathlib import Path
 

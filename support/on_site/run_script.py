@@ -1,4 +1,4 @@
-"""Run a client script, and say in the last line that it prints how it ended: python run_script.py SCRIPT [FLAG ...]"""
+"""Run a client script, and print how it ended as the last line: python run_script.py SCRIPT [FLAG ...]"""
 
 import collections
 import contextlib
@@ -43,16 +43,16 @@ def main() -> None:
 
 
 def watch_calls() -> None:
-    """Let flare.send take what else it couldn't, and end a script that doesn't answer a task.
+    """Let flare.send take more types, and end a script that doesn't answer a task.
 
-    NVFlare hands a task over again, until it is answered.
+    NVFlare gives a script the same task until it is answered.
     """
     receive, send = flare.receive, flare.send
     received = collections.Counter()  # since the latest answer
 
     def receive_some_times(*args, **kwargs):
         task = receive(*args, **kwargs)
-        received[id(task)] += task is not None  # None: there was no task before the script's own timeout
+        received[id(task)] += task is not None  # None: the script's own timeout passed without a task
         if received[id(task)] > MOST_RECEIVED:
             sys.exit(f"it received a task {MOST_RECEIVED} times without an answer: is flare.send missing?")
         return task
@@ -70,7 +70,7 @@ def in_plain_types(model: flare.FLModel) -> flare.FLModel:
     NVFlare 2.9.0 drops such weights, and fails to send or to save numbers that are tensors or NumPy's.
     """
     if isinstance(model.params, dict):
-        import torch  # here: NVFlare 2.9.0's simulator, which imports this module, fails if torch comes so early
+        import torch  # here: NVFlare 2.9.0's simulator imports this module, and fails if it imports torch
 
         model.params = {name: torch.as_tensor(value) for name, value in model.params.items()}
     for numbers in (model.metrics or {}, model.meta or {}):
@@ -81,7 +81,7 @@ def in_plain_types(model: flare.FLModel) -> flare.FLModel:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an exception's type and message with the last place that isn't a library's."""
+    """Return an exception in one line: type, message, and the last place that isn't a library's."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     places = traceback.extract_tb(error.__traceback__)
     own = [place for place in places if not re.search(r"/lib/python3|/site-packages/|/on_site/|^<", place.filename)]

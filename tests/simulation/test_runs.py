@@ -93,7 +93,7 @@ def test_simulation_of_a_killed_job_is_not_disturbed_and_a_crash_needs_no_cleani
     refused = run_job(workspace, *SMALL)
     assert (refused.status, refused.output) == (1, "")
     (number,) = re.findall(
-        r"job\.py: error: process (\d+) \(the simulation of a killed job\.py\) is at work in .*\n", refused.errors
+        r"job\.py: error: process (\d+) \(left by a killed job\.py\) is at work in .*\n", refused.errors
     )
     assert int(number) in [process.pid for process in running(workspace / "hello-pt")]
     assert trainer(workspace, "site-1").is_running()

@@ -427,6 +427,5 @@ def test_own_flag_arrives_as_it_was_given(add, words, name, value, own_flags, mo
 def test_script_gets_its_flags_and_what_prepare_data_has_settled(files):
     words = ["--lr", "0.5", "--sites", "berlin", "paris", "--data_root", "/data/{site}", "--train_args", "--note 'a b'"]
     flags = shlex.split(arguments.script_flags(job.parse_args(words), {"flags": {"dataset": "cifar10"}}))
-    assert flags[:4] == ["--epochs=2", "--batch_size=16", "--lr=0.5", "--seed=0"]
-    assert flags[4:7] == ["--data_root", "/data/{site}", "--dataset=cifar10"]
-    assert flags[7:] == ["--sites", "berlin", "paris", "--note", "a b"]
+    assert flags[:7] == ["--sites", "berlin", "paris", "--epochs=2", "--batch_size=16", "--lr=0.5", "--seed=0"]
+    assert flags[7:] == ["--data_root", "/data/{site}", "--dataset=cifar10", "--note", "a b"]
