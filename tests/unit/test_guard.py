@@ -105,6 +105,23 @@ AttributeError: 'NoneType' object has no attribute 'get_widget'
     assert reason_of_failure(args, aborted) == f"server failed: the job ended as FINISHED:ABORTED (see {log})"
 
 
+@pytest.mark.parametrize(
+    "events, named",
+    [
+        ([["was lost", "round 2/9", ""], ["came back", "round 3/9", ""]], []),
+        ([["was lost", "round 2/9", ""]], ["site-2", "site-3"]),
+    ],
+)
+def test_sites_that_the_job_went_on_without_or_that_came_back_are_not_why_it_failed(events, named, tmp_path):
+    server = tmp_path / "hello-pt" / "server"
+    server.mkdir(parents=True)
+    lost = {"site-2": [["was lost", "round 2/9", ""]], "site-3": events}
+    (server / "lost_sites.json").write_text(json.dumps(lost))
+    flags = ["--workspace", str(tmp_path), "--env", "poc", "--n_clients", "3", "--min_sites", "2"]
+    reason = reason_of_failure(job.parse_args(flags), JobFailed("the job ended as FINISHED:ABORTED"))
+    assert re.findall(r"(\S+) failed: ", reason) == (named or ["server"])
+
+
 # ---- A run's folder ----
 
 
