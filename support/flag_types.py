@@ -107,7 +107,7 @@ def checkpoint(text: str) -> Path:
 def folder(text: str) -> Path:
     """Return the path of a folder that can be written to, or that can be made."""
     path = Path(text).expanduser().resolve()
-    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not text or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise argparse.ArgumentTypeError(f"can't write to {text!r}: choose another folder")
     return path
