@@ -34,6 +34,8 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     """
     words = sys.argv[1:] if argv is None else argv
     of_job = copy.deepcopy(parser)  # it knows job.py's flags alone, so the words that it leaves over are data.py's
+    for action in of_job._actions:  # argparse has no public list of them
+        action.type = None  # so that each value is checked once, by parser
     try:
         add_data_flags(parser)
         args = parser.parse_args(words)

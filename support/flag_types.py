@@ -37,7 +37,7 @@ def site_name(text: str) -> str:
 
 def gpu_groups(text: str) -> list[str]:
     """Return the groups of a list of GPUs: 0,1 is two groups of one GPU, [0,1] one group of two."""
-    groups = re.findall(r"[0-9]+|\[[0-9,]+\]", text)
+    groups = re.findall(r"[0-9]+|\[[0-9]+(?:,[0-9]+)*\]", text)
     if not groups or ",".join(groups) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of GPUs: write 0 or 0,1 or [0,1]")
     return groups

@@ -118,7 +118,7 @@ class Rounds(FLComponent):
         self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
 
     def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
-        """Keep what happened to a site, unless it was the latest, too. Say it if the job can go on without the site."""
+        """Keep what happened to a site, unless the same happened last. Say it if the job can do without the site."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
         if events and events[-1][0] == what:

@@ -45,7 +45,7 @@ class WholeLocalModels(Filter):
             wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
             check_weights(model.data if model.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF) else {}, wanted)
             check_steps(model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except ValueError as error:
             reason = printable(str(error))
             failed = shareable.get_return_code() != ReturnCode.OK  # then the site's own log says why
             fl_ctx.set_prop(REFUSED, "" if failed else reason, private=True, sticky=False)
@@ -97,7 +97,7 @@ class WholeSubmittedModels(Filter):
                 return make_reply(ReturnCode.TASK_ABORTED)
             try:
                 check_weights(weights, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
-            except (TypeError, ValueError, RuntimeError) as error:
+            except ValueError as error:
                 fl_ctx.set_prop(REFUSED, printable(str(error)), private=True, sticky=False)
                 raise ValueError(printable(str(error))) from None
         return shareable
@@ -129,7 +129,10 @@ def check_weights(weights: dict, wanted: dict) -> None:
         raise ValueError(f"its local model has {unknown[0]}, which the global model doesn't have")
     for name, value in wanted.items():
         value = torch.as_tensor(value)
-        local = torch.as_tensor(weights[name])
+        try:
+            local = torch.as_tensor(weights[name])
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"its local model's {name} is no tensor") from None
         if local.shape != value.shape:
             raise ValueError(f"its local model's {name} has the shape {tuple(local.shape)}, not {tuple(value.shape)}")
         finite = local.isfinite() & local.to(value.dtype).isfinite()  # 1e300 isn't finite as float32

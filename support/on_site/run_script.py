@@ -70,7 +70,7 @@ def in_plain_types(model: flare.FLModel) -> flare.FLModel:
     NVFlare 2.9.0 drops such weights, and fails to send or to save numbers that are tensors or NumPy's.
     """
     if isinstance(model.params, dict):
-        import torch  # here: NVFlare 2.9.0's simulator imports this module, and fails if it imports torch
+        import torch  # here: NVFlare 2.9.0's simulator imports this module, and fails if torch comes so early
 
         model.params = {name: torch.as_tensor(value) for name, value in model.params.items()}
     for numbers in (model.metrics or {}, model.meta or {}):

@@ -137,7 +137,7 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
         *(f"--workspace {path}" for path in ("ws#1", "it's", 'say"so"', "back\\slash", "line\nline")),
         *(f"--initial_ckpt {path}" for path in ("fifo.pt", "loop", "weights.py", "/dev/zero", "none.pt", "folder.py")),
         "--initial_ckpt ",
-        *(f"--gpu {spec}" for spec in ("gpu0", "-1", "0,", "[0", "[]", "0;1", "")),
+        *(f"--gpu {spec}" for spec in ("gpu0", "-1", "0,", "[0", "[]", "0;1", "[0,,1]", "[,]", "")),
         "--gpu 0,1,2",
         "--gpu [0],[1],[2]",
         *(f"--split {split}" for split in ("equal", "IID", "")),

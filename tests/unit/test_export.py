@@ -69,7 +69,7 @@ def test_exported_job_is_complete_says_its_split_and_start_and_names_nothing_of_
     command = client["executors"][0]["executor"]["args"]["command"]
     assert command[:4] == ["python3", "-u", "custom/support/on_site/run_script.py", "custom/client.py"]
     assert "--dataset=cifar10" in command and "--lr=0.02" in command
-    assert "--sites site-1 site-2 site-3" in " ".join(command)
+    assert "--sites site-1 site-2 site-3 " in " ".join(command)
     assert "--split dirichlet --alpha 0.3" in " ".join(command)
     for file in exported.rglob("*.json"):
         assert str(REPO) not in file.read_text() and str(exporter) not in file.read_text()

@@ -83,13 +83,13 @@ def test_whole_local_model_is_taken():
         ({"weight": torch.full((2, 2), 1e300, dtype=torch.float64)}, "weight isn't finite: training diverged"),
         ({"count": torch.tensor(torch.nan)}, "count isn't finite: training diverged"),
         ({"mask": torch.tensor([-torch.inf, -torch.inf])}, "mask isn't finite: training diverged"),
-        ({"weight": "ones"}, "invalid data type 'str'"),
+        ({"weight": "ones"}, "weight is no tensor"),
         ({"extra": torch.ones(1)}, "has extra, which the global model doesn't have"),
     ],
 )
 def test_local_model_that_is_not_whole_is_refused(change, reason):
     weights = {name: value for name, value in {**GLOBAL, **change}.items() if value is not None}
-    with pytest.raises((TypeError, ValueError), match=reason):
+    with pytest.raises(ValueError, match=reason):
         check_weights(weights, GLOBAL)
 
 
@@ -144,7 +144,7 @@ def test_good_model_of_a_site_that_can_be_spared_is_averaged(caplog):
 
 
 def test_bad_model_of_a_site_that_is_needed_ends_the_job():
-    with pytest.raises(ValueError, match="invalid data type 'str'"):
+    with pytest.raises(ValueError, match="weight is no tensor"):
         Server(GLOBAL, spare=False).receive({**GLOBAL, "weight": "ones"})
 
 
