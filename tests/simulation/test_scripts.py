@@ -23,7 +23,7 @@ MISSING = "import no_such_package"
 IS_MISSING = r"ModuleNotFoundError: No module named 'no_such_package' \(changed_client\.py:{line}\)"
 RAISED = r"ValueError: no such thing \(changed_client\.py:{line}\)"
 NO_INPUT = r"EOFError: EOF when reading a line \(changed_client\.py:{line}\)"
-ALL_FLAGS = r"--epochs=100000 --batch_size=16 --lr=0\.01 --seed=0 .*"
+ALL_FLAGS = r"--sites site-1 site-2 --epochs=100000 --batch_size=16 --lr=0\.01 --seed=0 .*"
 UNKNOWN_FLAGS = rf"its script ended with status 2: changed_client\.py: error: unrecognized arguments: {ALL_FLAGS}"
 ENDS = [  # when, where, what the script does, and the reason that the last line gives
     ("before init", "site-2", MISSING, IS_MISSING),
