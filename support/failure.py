@@ -21,7 +21,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
         return dead
     server_log, see_server = find_log(args.run_folder)
     of_server = f"server failed: {str(error).partition('. ')[0]}{see_server}"
-    lost = {site: events for site, events in read_lost_sites(args.run_folder).items() if events[-1][0] != "came back"}
+    lost = missing_sites(args.run_folder)
     if len(lost) > args.n_clients - args.min_sites:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
     if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
@@ -37,7 +37,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
 
 def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     """Say which site's script failed, by how the scripts ended; return "" if none did, as far as it is known here."""
-    lost = read_lost_sites(args.run_folder)  # the job went on without them
+    lost = missing_sites(args.run_folder)  # the job went on without them
     # In prod, a site's name may be in no flag.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
     # NVFlare 2.9.0 itself kills the scripts of a job that failed. With few --num_threads it kills each script that has
@@ -103,6 +103,11 @@ def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
         with contextlib.suppress(ValueError):  # it is being written
             return json.loads(file.read_text())
     return {}
+
+
+def missing_sites(run_folder: Path) -> dict[str, list[list[str]]]:
+    """Read the same of those sites that were lost and did not come back."""
+    return {site: events for site, events in read_lost_sites(run_folder).items() if events[-1][0] != "came back"}
 
 
 def stop_cond(run_folder: Path) -> tuple[bool, bool]:

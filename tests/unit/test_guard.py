@@ -22,8 +22,9 @@ import job
 from conftest import REPO
 from model import create_model
 from support.console import TRAINER, to_show
-from support.failure import reason_of_failure
+from support.failure import failed_script, reason_of_failure
 from support.flag_types import folder
+from support.on_site.run_script import ENDED
 from support.process import RUN_VARIABLE, process_as_it_was
 from support.results import read_results
 from support.run import LOCK, make_room, only_run
@@ -120,6 +121,20 @@ def test_sites_that_the_job_went_on_without_or_that_came_back_are_not_why_it_fai
     flags = ["--workspace", str(tmp_path), "--env", "poc", "--n_clients", "3", "--min_sites", "2"]
     reason = reason_of_failure(job.parse_args(flags), JobFailed("the job ended as FINISHED:ABORTED"))
     assert re.findall(r"(\S+) failed: ", reason) == (named or ["server"])
+
+
+def test_script_of_a_site_that_came_back_is_named_if_it_failed_after_the_last_round(tmp_path):
+    (tmp_path / "hello-pt" / "server").mkdir(parents=True)
+    for site in ("site-1", "site-2"):
+        log = tmp_path / f"hello-pt/poc/example_project/prod_00/{site}/a-job/log.json"
+        log.parent.mkdir(parents=True)
+        record = {"asctime": "", "name": TRAINER, "levelname": "INFO", "message": f"{ENDED}ValueError: of {site}"}
+        log.write_text(json.dumps(record))
+    lost = {"site-1": [["was left out", "round 1/2", ""]], "site-2": [["was left out", "round 1/2", ""]]}
+    lost["site-2"].append(["came back", "round 2/2", ""])
+    (tmp_path / "hello-pt" / "server" / "lost_sites.json").write_text(json.dumps(lost))
+    args = job.parse_args(["--workspace", str(tmp_path), "--env", "poc", "--min_sites", "1"])
+    assert failed_script(args, job_failed=False).startswith("site-2 failed: ValueError: of site-2 (see ")
 
 
 # ---- A run's folder ----
