@@ -40,8 +40,8 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     lost = missing_sites(args.run_folder)  # the job went on without them
     # In prod, a site's name may be in no flag.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
-    # NVFlare 2.9.0 itself kills the scripts of a job that failed. With few --num_threads it kills each script that has
-    # no thread at the end. In prod, the end of a log may not have come.
+    # That a script was killed says nothing where NVFlare 2.9.0 itself may have killed it: it kills the scripts of a job
+    # that failed and, with few --num_threads, each that has no thread at the end. In prod, a log's end may be missing.
     kill_says_nothing = job_failed or args.num_threads < args.n_clients or args.env == "prod"
     for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
@@ -106,8 +106,12 @@ def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
 
 
 def missing_sites(run_folder: Path) -> dict[str, list[list[str]]]:
-    """Read the same of those sites that were lost and did not come back."""
-    return {site: events for site, events in read_lost_sites(run_folder).items() if events[-1][0] != "came back"}
+    """Read the same of the sites that are still missing: what happened since they came back, if they ever did."""
+    missing = {}
+    for site, events in read_lost_sites(run_folder).items():
+        for event in events:
+            missing[site] = [] if event[0] == "came back" else [*missing.get(site, []), event]
+    return {site: events for site, events in missing.items() if events}
 
 
 def stop_cond(run_folder: Path) -> tuple[bool, bool]:
@@ -130,7 +134,10 @@ def find_log(run_folder: Path, site: str = "server") -> tuple[list[dict], str]:
 
 
 def log_files(run_folder: Path, site: str) -> list[Path]:
-    """Return the logs of a site, or of all with "*": of a simulation, of poc, and downloaded from a federation."""
+    """Return the logs of a site, or of all with "*": of a simulation, of poc, and downloaded from a federation.
+
+    Those of a federation's sites are in folders with the sites' names.
+    """
     downloaded = "workspace" if site == "server" else f"workspace/{site}"
     places = (f"{site}/log.json", f"poc/*/prod_00/{site}/*/log.json", f"server/*/{downloaded}/log.json")
     return [log for place in places for log in run_folder.glob(place)]
@@ -146,8 +153,9 @@ def parse_log(text: str) -> list[dict]:
     """Return the records of a log.json that are complete: each has asctime, name, levelname and message."""
     records = []
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # half a line
-            records.append(json.loads(line))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or what a site made up
+            record = json.loads(line)
+            records.append({key: str(record[key]) for key in ("asctime", "name", "levelname", "message")})
     return records
 
 

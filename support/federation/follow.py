@@ -87,8 +87,9 @@ class Follower:
             self.show_once(text)
         system = session.get_system_info()
         self.last_answer = time.monotonic()
-        self.server_start = self.server_start or system.server_info.start_time
-        if not waiting and system.server_info.start_time != self.server_start:
+        if waiting or not self.server_start:
+            self.server_start = system.server_info.start_time
+        elif system.server_info.start_time != self.server_start:
             rounds = f"the rounds before are in {job_id}/app_server of the server's folder"
             self.problem = f"the server was started again, and doesn't go on with the job: {rounds}"
             return False  # NVFlare 2.9.0 calls the job RUNNING forever
@@ -96,7 +97,7 @@ class Follower:
         if not waiting:
             self.show_logs(session, sites)
             # No stats for two minutes: the job has ended at all sites but a lost one, for which NVFlare 2.9.0 waits
-            # 600 s. The other scripts have had their 60 s.
+            # 600 s. The other sites' scripts have had their 60 s after the last round.
             if self.last_stats and self.last_answer - self.last_stats > 2 * LOST_AFTER:
                 session.abort_job(job_id)
         elif len(sites) < self.args.n_clients and self.last_answer - self.start > SITES_WITHIN:

@@ -1,7 +1,7 @@
-"""Which models count? The server refuses what would spoil the mean, adds up in float64, and keeps the tensors' types.
+"""Which models count? Filters refuse what would spoil the mean, let NVFlare add up in float64, and keep tensors' types.
 
-NVFlare 2.9.0's FedAvg alone takes the mean of the others if a site leaves out a tensor, and the old values if all do.
-It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
+Without them, NVFlare 2.9.0's FedAvg takes the mean of the others if a site leaves out a tensor, and the old values if
+all do. It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
 """
 
 import torch
@@ -69,7 +69,7 @@ class WholeLocalModels(Filter):
                 means[name] = self.in_type_of(weights[name], means[name], name)
 
     def compare_whole_numbers(self, weights: dict, wanted: dict) -> None:
-        """Keep the integers and booleans on which all sites agree: float64 is exact only up to 2**53."""
+        """Keep where all sites agree on integers and booleans: float64 is exact only up to 2**53."""
         for name, value in wanted.items():
             if not torch.as_tensor(value).is_floating_point():
                 local = torch.as_tensor(weights[name])
@@ -119,7 +119,7 @@ class WholeGlobalModels(PersistorFilter):
 
 
 def check_weights(weights: dict, wanted: dict) -> None:
-    """Raise ValueError if a local model, or its difference to the global one, lacks what the global one has."""
+    """Raise ValueError if a local model, or its difference to the global one, can't be averaged with others."""
     if missing := [name for name in wanted if name not in weights]:
         for wrapper in ("module.", "_orig_mod."):
             if weights and all(str(name).startswith(wrapper) for name in weights):
@@ -143,8 +143,8 @@ def check_weights(weights: dict, wanted: dict) -> None:
 def check_steps(steps: object) -> None:
     """Raise ValueError if FedAvg's weight of a site isn't a positive number. A missing number counts as one step."""
     number = isinstance(steps, (int, float)) and not isinstance(steps, bool)
-    if steps is not None and not (number and 0 < steps < float("inf")):
-        raise ValueError(f"its NUM_STEPS_CURRENT_ROUND is {steps!r}, which is no positive number")
+    if steps is not None and not (number and 0 < steps < 2**53):
+        raise ValueError(f"its NUM_STEPS_CURRENT_ROUND is {steps!r}: it must be above 0 (and below 2**53)")
 
 
 def in_float64(value):

@@ -118,7 +118,7 @@ def test_exception_in_a_users_own_model_on_the_server_is_one_line(tmp_path):
             "weights['fc3.bias'][3] = torch.inf",
             "its local model's fc3.bias isn't finite: training diverged, try a smaller --lr",
         ),
-        ("steps = 0", "its NUM_STEPS_CURRENT_ROUND is 0, which is no positive number"),
+        ("steps = 0", "its NUM_STEPS_CURRENT_ROUND is 0: it must be above 0 (and below 2**53)"),
         ("raise KeyError('no such thing')", "KeyError: 'no such thing' (changed_client.py:"),
     ],
 )

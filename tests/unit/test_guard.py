@@ -22,7 +22,7 @@ import job
 from conftest import REPO
 from model import create_model
 from support.console import TRAINER, to_show
-from support.failure import failed_script, reason_of_failure
+from support.failure import failed_script, parse_log, reason_of_failure
 from support.flag_types import folder
 from support.on_site.run_script import ENDED
 from support.process import RUN_VARIABLE, process_as_it_was
@@ -88,6 +88,14 @@ def test_nvflares_own_line_is_not_shown_as_a_scripts():
 def test_errors_of_ours_are_told_by_their_text_and_others_with_their_type():
     assert describe(OSError("no disk")) == "no disk"
     assert describe(FileNotFoundError("a.csv")) == "FileNotFoundError: a.csv"
+    assert describe(TimeoutError("The read operation timed out")) == "TimeoutError: The read operation timed out"
+
+
+def test_of_a_log_only_whole_records_are_read():
+    record = {"asctime": "now", "name": TRAINER, "levelname": "INFO", "message": "hello"}
+    made_up = ["5", "{}", '"name"', json.dumps({**record, "message": 5}), json.dumps(record)[:-2]]
+    lines = [json.dumps({**record, "more": 1}), *made_up]
+    assert parse_log("\n".join(lines)) == [record, {**record, "message": "5"}]
 
 
 def test_question_that_came_too_early_is_not_why_the_job_failed(tmp_path):
@@ -106,11 +114,15 @@ AttributeError: 'NoneType' object has no attribute 'get_widget'
     assert reason_of_failure(args, aborted) == f"server failed: the job ended as FINISHED:ABORTED (see {log})"
 
 
+BACK = ["came back", "round 3/9", ""]
+
+
 @pytest.mark.parametrize(
     "events, named",
     [
-        ([["was lost", "round 2/9", ""], ["came back", "round 3/9", ""]], []),
+        ([["was lost", "round 2/9", ""], BACK], []),
         ([["was lost", "round 2/9", ""]], ["site-2", "site-3"]),
+        ([["was left out", "round 2/9", "it diverged"], BACK, ["was lost", "round 4/9", ""]], ["site-2", "site-3"]),
     ],
 )
 def test_sites_that_the_job_went_on_without_or_that_came_back_are_not_why_it_failed(events, named, tmp_path):
@@ -121,6 +133,7 @@ def test_sites_that_the_job_went_on_without_or_that_came_back_are_not_why_it_fai
     flags = ["--workspace", str(tmp_path), "--env", "poc", "--n_clients", "3", "--min_sites", "2"]
     reason = reason_of_failure(job.parse_args(flags), JobFailed("the job ended as FINISHED:ABORTED"))
     assert re.findall(r"(\S+) failed: ", reason) == (named or ["server"])
+    assert "it diverged" not in reason  # that was over when the site came back
 
 
 def test_script_of_a_site_that_came_back_is_named_if_it_failed_after_the_last_round(tmp_path):

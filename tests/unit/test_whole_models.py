@@ -104,9 +104,9 @@ def test_names_of_the_global_model_may_begin_with_anything():
     check_weights(weights, weights)
 
 
-@pytest.mark.parametrize("steps", [0, -5, float("nan"), float("inf"), "many", True, [3]])
+@pytest.mark.parametrize("steps", [0, -5, float("nan"), float("inf"), 1e308, 10**400, "many", True, [3]])
 def test_number_of_steps_that_is_none_is_refused(steps):
-    with pytest.raises(ValueError, match="no positive number"):
+    with pytest.raises(ValueError, match="it must be above 0"):
         check_steps(steps)
 
 
@@ -116,7 +116,12 @@ def test_number_of_steps_that_is_none_is_refused(steps):
         ({"weight": torch.ones(4)}, {}, "OK", "its local model's weight has the shape (4,), not (2, 2)"),
         ({"weight": torch.full((2, 2), torch.nan)}, {}, "OK", "its local model's weight isn't finite"),
         ({"x\n\x1b[2J" * 1000: torch.ones(1)}, {}, "OK", "its local model has x"),
-        ({}, {"NUM_STEPS_CURRENT_ROUND": -1}, "OK", "its NUM_STEPS_CURRENT_ROUND is -1, which is no positive number"),
+        (
+            {},
+            {"NUM_STEPS_CURRENT_ROUND": -1},
+            "OK",
+            "its NUM_STEPS_CURRENT_ROUND is -1: it must be above 0 (",
+        ),
         ({}, {}, "EXECUTION_EXCEPTION", "its client says EXECUTION_EXCEPTION"),
     ],
 )
