@@ -36,7 +36,7 @@ class Images(Dataset):
     def __getitem__(self, index: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images[index].float().div_(127.5).sub_(1), self.targets[index]
 
-    __getitems__ = __getitem__  # DataLoader gives it a batch's indices: one look-up, not one an image
+    __getitems__ = __getitem__  # DataLoader gives it a batch's indices: one look-up a batch, not one an image
 
     def first(self, count: int | None) -> "Images":
         """Return the first images, or all."""
@@ -52,7 +52,7 @@ def load_cifar10(root: Path) -> tuple[Images, Images]:
     if parts is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / "cifar10.lock"):  # of many processes that want it, one gets it for all
+            with FileLock(root / "cifar10.lock"):  # one process downloads, and the others wait
                 if (parts := map_decoded(root)) is None:
                     parts = download_and_decode(root)
                     torch.save(parts, unfinished := root / f"{DECODED_FILE}.unfinished")

@@ -1,6 +1,6 @@
 """What a site trains on. To use data of your own, replace the four functions that job.py and the clients call.
 
-job.py calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
+A run calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def prepare_data(args: argparse.Namespace) -> dict:
         if dataset == "auto":
             dataset = "cifar10"  # no real site trains on synthetic images by accident
     elif dataset != "synthetic":
-        dataset, data_root = "cifar10", os.path.abspath(os.path.expandvars(os.path.expanduser(data_root)))
+        dataset, data_root = "cifar10", os.path.abspath(os.path.expanduser(os.path.expandvars(data_root)))
         try:
             for site in args.sites:
                 load_cifar10(data_folder(args, site))  # {site} may give each a folder of its own
@@ -116,8 +116,8 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
     for _ in range(1_000):
         parts = []  # for each class, its part for each shard
         for images in classes:
-            fractions = rng.dirichlet(np.full(num_shards, alpha))
-            parts.append(np.split(images, (len(images) * fractions.cumsum()[:-1]).astype(int)))
+            ends = len(images) * rng.dirichlet(np.full(num_shards, alpha)).cumsum()
+            parts.append(np.split(images, ends[:-1].astype(int)))
         shards = [np.concatenate(shard) for shard in zip(*parts)]
         if min(len(shard) for shard in shards) >= least:
             return shards
@@ -127,8 +127,8 @@ def partition(labels: np.ndarray, num_shards: int, split: str, alpha: float, see
 def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = None) -> DataLoader:
     """Return a loader of batches: images float32 (B, 3, 32, 32) in [-1, 1], labels int64 (B,).
 
-    With shuffle_by, such as (seed, site, round), it seeds torch and shuffles. Dropout and augmentation use torch's
-    generator, too: the same values repeat the training.
+    With shuffle_by, such as (seed, site, round), it shuffles, and seeds torch's generator, which dropout and
+    augmentation use, too: equal values give equal training.
     """
     if shuffle_by:
         torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))

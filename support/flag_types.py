@@ -74,7 +74,7 @@ def evaluates(script: Path) -> bool:
 
 def checkpoint(text: str) -> Path:
     """Check that a file holds weights of the model; no code in it is run."""
-    file = Path(os.path.realpath(text))
+    file = Path(os.path.realpath(os.path.expanduser(text)))
     if not os.path.isfile(file) or file.suffix == ".py":  # the job holds it by its own name, beside the scripts
         raise argparse.ArgumentTypeError(f"there is no checkpoint file {text!r}")
     try:

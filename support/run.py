@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.data, self.begun = args, None, False
-        self.stack = contextlib.ExitStack()  # what begin enters ends when guarded ends
+        self.stack = contextlib.ExitStack()  # what begin opens is closed when guarded ends
 
     def begin(self, data: dict) -> None:
         """Take the workspace, say what the sites train on (what prepare_data returned), and rename an earlier run."""
@@ -78,8 +78,11 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
         if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
             reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
+        mistaken = isinstance(error, ValueError) and not run.begun  # the command line, says prepare_data
+        if mistaken:
+            reason = reason.removeprefix("ValueError: ")
         print(f"job.py: error: {reason}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) and not run.begun else 1)
+        sys.exit(2 if mistaken else 1)
 
 
 def make_room(args: argparse.Namespace) -> None:
@@ -95,7 +98,8 @@ def only_run(run_folder: Path) -> Iterator[None]:
     """Be the only run in a folder, and leave none of its processes behind.
 
     Raises:
-        OSError: the workspace can't be made or written; or another job.py runs there, or processes of a killed one.
+        OSError: the workspace can't be written, another job.py or processes of a killed one run there, or something
+            else has the lock's name.
     """
     run_folder.parent.mkdir(parents=True, exist_ok=True)
     at_work = f"at work in {run_folder}: wait for its end, or choose another --workspace"

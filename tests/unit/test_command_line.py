@@ -184,7 +184,8 @@ def test_bad_arguments_are_refused_in_one_line(flags, files, capsys):
     ],
 )
 def test_bad_flags_of_the_data_are_refused_in_one_line_before_anything_is_made(flags, reason, files, capsys):
-    assert reason in refusal(f"--dataset synthetic --workspace new {flags}", capsys, job.main)
+    line = refusal(f"--dataset synthetic --workspace new {flags}", capsys, job.main)
+    assert reason in line and "ValueError" not in line
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,11 @@ def test_default_script_is_the_one_beside_job_py(tmp_path, monkeypatch):
 def test_checkpoint_may_be_whatever_load_state_dict_takes(file, files):
     # It is relative to the folder that a run works in, from where NVFlare sends it along.
     assert (REPO / job.parse_args(["--initial_ckpt", file]).initial_ckpt).resolve() == files / file
+
+
+def test_checkpoint_may_be_in_ones_home_folder(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    assert (REPO / job.parse_args(["--initial_ckpt=~/good.pt"]).initial_ckpt).resolve() == files / "good.pt"
 
 
 def test_startup_kit_is_found_from_wherever_a_run_works(files):

@@ -233,6 +233,14 @@ def test_folder_in_a_variable_of_the_site(small_cifar10, tmp_path, monkeypatch):
         load_cifar10("$NO_SUCH_VARIABLE")
 
 
+def test_variable_may_hold_the_sign_of_the_home_folder(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("IMAGES", "~/cifar10")
+    args = data_flags(dataset="cifar10", data_root="$IMAGES")
+    assert data.prepare_data(args)["flags"]["data_root"] == str(tmp_path / "cifar10")
+    assert (tmp_path / "cifar10" / cifar10.DECODED_FILE).exists()
+
+
 @pytest.mark.parametrize(
     "folder", ["text", "text/below", "$NO_SUCH_VARIABLE", "loop", "~nobody_here/x", "x" * 300, "{site}.txt/{site}"]
 )
