@@ -29,13 +29,13 @@ class OneLineParser(argparse.ArgumentParser):
 def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line with the flags of data.py, too; on a mistake, exit with status 2 and one line.
 
-    Adds the sites' names and number, the words that are for data.py, whether the script evaluates and the job is
-    exported, the run's folder, and the name that an earlier run's folder will get.
+    Adds the command, the sites' names and number, the words that are for data.py, whether the script evaluates and the
+    job is exported, the run's folder, and the name that an earlier run's folder will get.
     """
     words = sys.argv[1:] if argv is None else argv
-    of_job = copy.deepcopy(parser)  # it knows job.py's flags alone, so the words that it leaves over are data.py's
+    of_job = copy.deepcopy(parser)  # without data.py's flags: the words that it doesn't know go to the client script
     for action in of_job._actions:  # argparse has no public list of them
-        action.type = None  # so that each value is checked once, by parser
+        action.type = None  # each value is checked once, by parser
     try:
         add_data_flags(parser)
         args = parser.parse_args(words)
@@ -77,7 +77,7 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
-    """Return the possible conflicts of flags: whether there is one, and what is said of it."""
+    """Return each mistake that can be made with flags: whether it was made, and the message."""
     run_folder, n_clients = args.run_folder, args.n_clients
     simulated, on_sites = args.env == "sim" and not args.export, args.env == "prod" or args.export
     spare = n_clients - (args.min_sites or n_clients)  # how many sites the job may lose
@@ -99,6 +99,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (args.export and args.env != "sim", f"--export and --env {args.env} are two ways to use a job: choose one"),
         ((args.env == "prod") != (args.startup_kit is not None), "--env prod and --startup_kit go together"),
         (simulated and spare, "--min_sites is for --env poc or prod: a simulation ends when it loses a site"),
+        # A round must draw more sites than the job may lose.
         ((args.clients_per_round or n_clients) <= spare, "a round could draw lost sites alone: see --min_sites"),
         (args.cross_site_eval and not args.evaluates, "--cross_site_eval needs a script that calls is_evaluate"),
         (unfit and not on_sites, f"NVFlare can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),

@@ -13,7 +13,7 @@ OF_SERVER = ("Rounds", "WholeLocalModels")  # our loggers on the server
 
 
 def is_printed(logger: str, level: str, message: str) -> bool:
-    """Tell whether a record of a site's log is what its client script printed."""
+    """Tell whether a record of a site's log is what its client script printed, and not a line of NVFlare's own."""
     of_nvflare = (
         r"launching external trainer \(launch |HELLO accepted from |trainer readiness confirmed from |"
         r"trainer session established: launch=|terminating trainer process group \(pgid=|"

@@ -21,7 +21,7 @@ def process_as_it_was() -> Iterator[None]:
     environment, folder, path = dict(os.environ), os.getcwd(), list(sys.path)
     disabled = logging.root.manager.disable
     errors = getattr(sys.stdout, "errors", None)
-    reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # a notebook's output has none
+    reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # does nothing to a notebook's output
     reconfigure(errors="backslashreplace")  # for letters that the output's encoding lacks
     try:
         yield

@@ -29,6 +29,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     server_app.workflows[0].controller.start_round = args.first_round - 1  # FedAvg's
     last_round = args.first_round - 1 + args.num_rounds
     job.to_server(Rounds(last_round, args.min_sites, spare > 0, args.seed, NAME_SLOW_AFTER))
+    # A round draws clients_per_round sites, and `spare` of these may be missing.
     job.to_server(WholeGlobalModels(args.clients_per_round - spare), id="whole_global_models")
     server_app.components["persistor"].filter_id = "whole_global_models"
     job.to_clients(LastWord())
@@ -44,8 +45,8 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     # In place of NVFlare's own `python3 -u`, in front of the script's path and flags.
     executor._command[:2] = [python, "-u", "custom/support/on_site/run_script.py"]
     if args.env == "poc" or args.enable_log_streaming:
-        # Both of recipe.enable_log_streaming(), with another folder: NVFlare 2.9.0 writes live logs to the one for
-        # temporary files, and looks for them where the job's server works.
+        # What recipe.enable_log_streaming() adds, but for dest_dir. Without it, NVFlare 2.9.0 writes live logs to the
+        # folder for temporary files, and looks for them in the folder in which the job's server works.
         job.to_clients(JobLogStreamer(log_file_name="log.json"))  # has what scripts print
         job.to_server(JobLogReceiver(dest_dir="."))
     if args.env == "sim" and not args.export:
@@ -66,7 +67,8 @@ def check_model(weights: dict) -> None:
 
 def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
     """Send the modules and packages that a client script needs, those beside it too."""
-    # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to its path below an entry of sys.path.
+    # NVFlare 2.9.0 starts custom/<script's name>. It copies a script to custom/ plus its path below an entry of
+    # sys.path, which therefore has to be the script's own folder.
     sys.path.append(str(args.train_script.parent))
     recipe.add_client_file(str(HERE / "support" / "on_site" / "run_script.py"))
     for module in MODULES:

@@ -37,7 +37,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
     final = load_final_model(folder)
     has_stop_cond, stopped = stop_cond(args.run_folder)
     final_round = final["meta_props"]["current_round"] + 1 if final else args.first_round - 1
-    # With a stop_cond, the final model is the best one, of an earlier round maybe.
+    # With a stop_cond, the final model is the best one, maybe of an earlier round, and so the reports are counted.
     rounds = len(reports) if final and has_stop_cond else final_round - args.first_round + 1
     if rounds < args.num_rounds and not (final and stopped):
         raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")

@@ -70,7 +70,7 @@ class SimEnv(nvflare.recipe.SimEnv):
 
 @contextlib.contextmanager
 def silent_errors() -> Iterator[None]:
-    """Let processes that are started in here write their standard error nowhere: NVFlare's logs have what matters."""
+    """Write standard error nowhere, that of new processes too: NVFlare's logs have what matters."""
     null, errors = os.open(os.devnull, os.O_WRONLY), os.dup(2)
     os.dup2(null, 2)
     try:

@@ -19,7 +19,9 @@ MOST_ROUNDS = 7  # that a table shows
 
 
 def show_data(args: argparse.Namespace, data: dict) -> dict:
-    """Print and return how many samples of each class each site has. In prod only the sites know, and nothing is shown.
+    """Print and return what the sites train on: the data's name, and how many samples of each class each site has.
+
+    In prod, only the sites know the latter.
 
     Args:
         data: what prepare_data of data.py returns.

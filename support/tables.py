@@ -16,7 +16,7 @@ def print_table(title: str, rows: dict[str, dict], columns: list[str], most_rows
     """
     texts = {name: {column: show(row.get(column, "-")) for column in columns} for name, row in rows.items()}
     if most_rows and len(texts) > most_rows:
-        names = [*list(texts)[:2], "...", *list(texts)[3 - most_rows :]]
+        names = [*list(texts)[:2], "...", *list(texts)[-(most_rows - 3) :]]
         texts = {name: texts.get(name, dict.fromkeys(columns, "...")) for name in names}
     indent = max([14, *(len(name) + 2 for name in (title, *texts))])
     for first in range(0, len(columns), MOST_COLUMNS):

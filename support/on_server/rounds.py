@@ -24,7 +24,7 @@ from support.on_site.last_word import TOPIC
 ASK_EVERY = 5  # seconds, which is also how long an answer may take
 SILENT_AFTER = 25  # seconds
 NEVER_THERE_AFTER = 120  # seconds, for a site that has not answered yet
-REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result; "" if the site's log says it
+REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result. "": the site's log says it. None: it didn't
 
 
 def printable(text: str) -> str:
@@ -36,8 +36,8 @@ class Rounds(FLComponent):
     """Say in the server's log how the rounds get on, and keep in lost_sites.json which sites were lost, and why.
 
     It reports a site to NVFlare as dead if the site says that it can't take part, or if its process for this job no
-    longer answers. Alone, NVFlare 2.9.0 waits 600 s for a silent client, and forever for a script that ended before
-    flare.init() or for a client that was started again, whose heartbeats go on without the job.
+    longer answers. Without that, NVFlare 2.9.0 waits 600 s for a silent client. It waits forever for a script that
+    ended before flare.init() or for a client that was started again, whose heartbeats go on without the job.
 
     Args:
         min_sites: how many of the sites must be left for the job to go on.
@@ -93,7 +93,7 @@ class Rounds(FLComponent):
                 self.report(site, fl_ctx)
         elif event_type == AppEventType.AFTER_AGGREGATION:
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
-            if self.spare or not self.lost:  # otherwise the mean is of too few sites, and isn't saved
+            if self.spare or not self.lost:  # otherwise the job is about to end
                 self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type == EventType.CLIENT_DISCONNECTED:
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
@@ -141,7 +141,7 @@ class Rounds(FLComponent):
             self.name_slow_sites()
             with engine.new_context() as fl_ctx:
                 for site in self.could_not_take_part | self.silent_sites(engine, fl_ctx):
-                    # Again and again: it reaches the current workflow alone, and the next one must hear of it, too.
+                    # Each time: only the workflow that runs now hears it, and the next one has to, as well.
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 
     def name_slow_sites(self) -> None:

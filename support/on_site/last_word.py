@@ -17,8 +17,9 @@ class LastWord(FLComponent):
     If a script ends before flare.init(), NVFlare 2.9.0 stops the site's process for this job, and doesn't tell the
     server.
 
-    If that process reports a failure, NVFlare ends the job, and doesn't say which site failed. The client reads
-    the exit code from a file. This component writes 0 there, so that rounds.py decides whether the job goes on.
+    If the site's process for this job ends with a failure, NVFlare ends the job, and doesn't say which site failed.
+    NVFlare's client reads the process's exit code from a file. This component writes 0 there, so that rounds.py decides
+    whether the job goes on.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

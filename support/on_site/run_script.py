@@ -33,7 +33,7 @@ def main() -> None:
         traceback.print_exc()
         status, end = 1, in_one_line(error)
     sys.stdout = sys.__stdout__  # a script may have put a file there
-    print(f"\n{ENDED}{end or f'status {status}'}")  # a line of its own; NVFlare doesn't log the empty one
+    print(f"\n{ENDED}{end or f'status {status}'}")  # \n: after a script's unfinished line
     with contextlib.suppress(Exception):
         flare.shutdown()  # which the script may have left out: NVFlare's threads would keep the process alive
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
