@@ -9,7 +9,7 @@ from support.on_site.run_script import ENDED
 from support.text import CONTROLS
 
 TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client script prints, and of a few lines more
-OF_SERVER = ("Rounds", "WholeLocalModels")  # our loggers on the server
+ROUNDS = "Rounds"  # our logger on the server
 
 
 def is_printed(logger: str, level: str, message: str) -> bool:
@@ -24,7 +24,7 @@ def is_printed(logger: str, level: str, message: str) -> bool:
 
 def to_show(logger: str, level: str, message: str) -> str | None:
     """Return what is shown of a record in a job's logs, if anything."""
-    if (is_printed(logger, level, message) and not message.startswith(ENDED)) or logger in OF_SERVER:
+    if (is_printed(logger, level, message) and not message.startswith(ENDED)) or logger == ROUNDS:
         return CONTROLS.sub("", message)
     if logger == "CrossSiteModelEval" and "Beginning model validation" in message:
         return "the sites evaluate the models"
@@ -36,7 +36,7 @@ class Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         logger = record.name.rpartition(".")[2]
-        if record.levelno <= logging.WARNING and logger in (TRAINER, *OF_SERVER, "CrossSiteModelEval"):
+        if record.levelno <= logging.WARNING and logger in (TRAINER, ROUNDS, "CrossSiteModelEval"):
             text = to_show(logger, record.levelname, record.getMessage())
             if text is not None:
                 with contextlib.suppress(OSError):  # a closed output: job.py finds that out when it writes its summary

@@ -26,14 +26,16 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     job = recipe._job  # private, but NVFlare 2.9.0's own recipe.utils use it, too
     job.job.min_clients = args.n_clients  # the job begins with all sites
     server_app = job._deploy_map["server"].app_config
-    server_app.workflows[0].controller.start_round = args.first_round - 1  # FedAvg's
+    fedavg = server_app.workflows[0].controller
+    fedavg.start_round = args.first_round - 1
+    fedavg._ignore_result_error = spare > 0  # go on without the result of a site that failed or was refused
     last_round = args.first_round - 1 + args.num_rounds
     job.to_server(Rounds(last_round, args.min_sites, spare > 0, args.seed, NAME_SLOW_AFTER))
     # A round draws clients_per_round sites, and `spare` of these may be missing.
     job.to_server(WholeGlobalModels(args.clients_per_round - spare), id="whole_global_models")
     server_app.components["persistor"].filter_id = "whole_global_models"
     job.to_clients(LastWord())
-    recipe.add_server_input_filter(WholeLocalModels(spare > 0), tasks=["train"])
+    recipe.add_server_input_filter(WholeLocalModels(), tasks=["train"])
     recipe.add_server_input_filter(WholeSubmittedModels(), tasks=["submit_model"])
     # Believe it at once if a site is reported as dead. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
     # start of each later round.

@@ -132,9 +132,8 @@ class Follower:
         """Show what is new in logs, in its order in time."""
         for record in sorted(records, key=lambda record: record["asctime"]):
             message = to_show(record["name"], record["levelname"], record["message"])
-            if message is not None:  # a script may print, or be refused for, the same again
-                again = record["name"] in (TRAINER, "WholeLocalModels")
-                self.show_once(message, when=record["asctime"] if again else "")
+            if message is not None:  # a script may print the same again
+                self.show_once(message, when=record["asctime"] if record["name"] == TRAINER else "")
 
     def show_once(self, text: str, when: str = "") -> None:
         if (text, when) not in self.shown:

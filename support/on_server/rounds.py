@@ -24,7 +24,7 @@ from support.on_site.last_word import TOPIC
 ASK_EVERY = 5  # seconds, which is also how long an answer may take
 SILENT_AFTER = 25  # seconds
 NEVER_THERE_AFTER = 120  # seconds, for a site that has not answered yet
-REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result. "": the site's log says it. None: it didn't
+REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result
 
 
 def printable(text: str) -> str:
@@ -85,9 +85,8 @@ class Rounds(FLComponent):
             self.at_work.pop(site, None)
             self.hear_news()
             code = fl_ctx.get_prop(FLContextKey.TASK_RESULT).get_return_code()
-            reason = fl_ctx.get_prop(REFUSED)
-            if reason is not None or code not in (ReturnCode.OK, ReturnCode.TASK_ABORTED):
-                self.note(site, fl_ctx, "was left out", reason or "")
+            if code not in (ReturnCode.OK, ReturnCode.TASK_ABORTED):
+                self.note(site, fl_ctx, "was left out", fl_ctx.get_prop(REFUSED) or "")  # "": its own log says why
         elif event_type == AppEventType.AFTER_CONTRIBUTION_ACCEPT:
             if fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED):
                 self.report(site, fl_ctx)
@@ -118,14 +117,13 @@ class Rounds(FLComponent):
         self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
 
     def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
-        """Keep what happened to a site, unless the same happened last. Say it if the job can do without the site."""
+        """Say and keep what happened to a site, unless the same happened last."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
         if events and events[-1][0] == what:
             return
         events.append([what, self.place, why])
-        if self.spare:
-            self.say(f"{site}  {self.place}  {what}")
+        self.say(f"{site}  {self.place}  {what}{why and f': {why}'}")
         run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         Path(run_folder, "lost_sites.json").write_text(json.dumps(self.lost))
 

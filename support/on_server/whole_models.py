@@ -4,8 +4,11 @@ Without them, NVFlare 2.9.0's FedAvg takes the mean of the others if a site leav
 all do. It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -24,39 +27,25 @@ class WholeLocalModels(Filter):
     NVFlare 2.9.0 adds local models up in the order of arrival and in their own type. With three sites, two equal runs
     would differ in the last bits, and float16 would overflow. In float64 the order makes no difference that float32 can
     hold. The mean gets the types of the global model again.
-
-    Args:
-        spare: whether the round can do without a site. If not, NVFlare logs the reason and ends the job.
     """
 
-    def __init__(self, spare: bool):
+    def __init__(self):
         super().__init__()
-        self.spare = spare
         self.whole_numbers = {}  # {name: (the first site's, a mask of where all agree)}
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        site = fl_ctx.get_peer_context().get_identity_name()
-        try:
-            if shareable.get_return_code() != ReturnCode.OK:
-                if not self.spare:
-                    return shareable
-                raise ValueError(f"its client says {shareable.get_return_code()}")
-            model = from_shareable(shareable)
-            wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
+        if shareable.get_return_code() != ReturnCode.OK:
+            return shareable
+        model = from_shareable(shareable)
+        wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
+        with refusal(fl_ctx):
             check_weights(model.data if model.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF) else {}, wanted)
             check_steps(model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND))
-        except ValueError as error:
-            reason = printable(str(error))
-            failed = shareable.get_return_code() != ReturnCode.OK  # then the site's own log says why
-            fl_ctx.set_prop(REFUSED, "" if failed else reason, private=True, sticky=False)
-            if not self.spare:
-                raise ValueError(reason) from None
-            self.logger.warning(f"{site}  refused: {reason}")
-            return DXO(DataKind.WEIGHTS, data={}).to_shareable()  # which FedAvg passes over
         self.compare_whole_numbers(model.data, wanted)
         model.data = {name: in_float64(value) for name, value in model.data.items()}
         model.update_shareable(shareable)
-        shareable.set_header(MetaKey.SITE_NAME, site)  # NVFlare 2.9.0 believes the name that a script puts into meta
+        # NVFlare 2.9.0 believes the name that a script puts into meta.
+        shareable.set_header(MetaKey.SITE_NAME, fl_ctx.get_peer_context().get_identity_name())
         return shareable
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -95,11 +84,8 @@ class WholeSubmittedModels(Filter):
         if shareable.get_return_code() == ReturnCode.OK:
             if not (weights := from_shareable(shareable).data):
                 return make_reply(ReturnCode.TASK_ABORTED)
-            try:
+            with refusal(fl_ctx):
                 check_weights(weights, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
-            except ValueError as error:
-                fl_ctx.set_prop(REFUSED, printable(str(error)), private=True, sticky=False)
-                raise ValueError(printable(str(error))) from None
         return shareable
 
 
@@ -116,6 +102,17 @@ class WholeGlobalModels(PersistorFilter):
             what = f"of {meta['nr_aggregated']} of {self.min_models} sites, and was not saved"
             raise ValueError(f"the global model of round {meta['current_round'] + 1} is {what}")
         return learnable
+
+
+@contextlib.contextmanager
+def refusal(fl_ctx: FLContext) -> Iterator[None]:
+    """Tell Rounds why a model is refused. NVFlare makes the ValueError a failed result."""
+    try:
+        yield
+    except ValueError as error:
+        reason = printable(str(error))
+        fl_ctx.set_prop(REFUSED, reason, private=True, sticky=False)
+        raise ValueError(reason) from None
 
 
 def check_weights(weights: dict, wanted: dict) -> None:

@@ -178,6 +178,24 @@ def test_poc_whose_script_fails_at_its_start_on_one_site_ends_or_goes_on_without
         assert "Lost: hospital-b could not take part in round 1/2.\n" in run.output
 
 
+def test_poc_leaves_out_a_refused_model_says_why_and_takes_the_sites_next_one(tmp_path):
+    send = "            flare.send(local_model)  # (11) to the server"
+    diverges = "current_round == 1 and local_model.params['fc3.bias'].fill_(torch.nan)"
+    script = faulty_client(tmp_path, "site-2", send, diverges)
+    flags = ["--env", "poc", "--min_sites", "1", "--num_rounds", "3", "--train_script", str(script)]
+    run = succeed(tmp_path / "workspace", *SMALL, *flags)
+    reason = "its local model's fc3.bias isn't finite: training diverged, try a smaller --lr"
+    assert run.output.count(f"site-2  round 2/3  was left out: {reason}\n") == 1
+    for of_round in (
+        "round 1/3  averaged 2 local models",
+        "round 2/3  averaged 1 local model",
+        "round 3/3  averaged 2",
+    ):
+        assert of_round in run.output
+    assert "Lost: site-2 was left out in round 2/3, came back in round 3/3.\n" in run.output
+    assert [set(row) for row in run.report()["rounds"]] == [{"site-1", "site-2"}, {"site-1"}, {"site-1", "site-2"}]
+
+
 @pytest.mark.parametrize(
     "number, line, left",
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import make_reply
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
@@ -15,7 +16,6 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
-from support.console import to_show
 from support.failure import why_lost
 from support.on_server.rounds import REFUSED
 from support.on_server.whole_models import WholeLocalModels, check_steps, check_weights
@@ -26,8 +26,8 @@ GLOBAL = {"weight": torch.ones(2, 2), "mask": torch.tensor([0.0, -torch.inf]), "
 class Server:
     """NVFlare's FedAvg behind the filter, or without it."""
 
-    def __init__(self, global_model, spare=True, filtered=True):
-        self.filter, self.filtered = WholeLocalModels(spare), filtered
+    def __init__(self, global_model, filtered=True):
+        self.filter, self.filtered = WholeLocalModels(), filtered
         self.fl_ctx = FLContext()
         self.fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(global_model, {}))
         self.begin_round()
@@ -39,10 +39,9 @@ class Server:
         self.controller._aggr_metrics_helper = WeightedAggregationHelper()
         self.filter.handle_event(AppEventType.ROUND_STARTED, self.fl_ctx)
 
-    def receive(self, params, site="site-2", return_code=ReturnCode.OK, **meta):
+    def receive(self, params, site="site-2", **meta):
         """Take a local model as it arrives; tell whether FedAvg took it into its mean."""
         result, peer = FLModelUtils.to_shareable(FLModel(params=params, meta=meta)), FLContext()
-        result.set_return_code(return_code)
         peer.set_prop(ReservedKey.IDENTITY_NAME, site)
         self.fl_ctx.set_peer_context(peer)
         if self.filtered:
@@ -111,46 +110,30 @@ def test_number_of_steps_that_is_none_is_refused(steps):
 
 
 @pytest.mark.parametrize(
-    "change, meta, return_code, reason",
+    "change, meta, reason",
     [
-        ({"weight": torch.ones(4)}, {}, "OK", "its local model's weight has the shape (4,), not (2, 2)"),
-        ({"weight": torch.full((2, 2), torch.nan)}, {}, "OK", "its local model's weight isn't finite"),
-        ({"x\n\x1b[2J" * 1000: torch.ones(1)}, {}, "OK", "its local model has x"),
-        (
-            {},
-            {"NUM_STEPS_CURRENT_ROUND": -1},
-            "OK",
-            "its NUM_STEPS_CURRENT_ROUND is -1: it must be above 0 (",
-        ),
-        ({}, {}, "EXECUTION_EXCEPTION", "its client says EXECUTION_EXCEPTION"),
+        ({"weight": torch.ones(4)}, {}, "its local model's weight has the shape (4,), not (2, 2)"),
+        ({"weight": torch.full((2, 2), torch.nan)}, {}, "its local model's weight isn't finite"),
+        ({"weight": "ones"}, {}, "its local model's weight is no tensor"),
+        ({"x\n\x1b[2J" * 1000: torch.ones(1)}, {}, "its local model has x"),
+        ({}, {"NUM_STEPS_CURRENT_ROUND": -1}, "its NUM_STEPS_CURRENT_ROUND is -1: it must be above 0"),
     ],
 )
-def test_bad_model_of_a_site_that_can_be_spared_is_passed_over_and_a_line_says_why(
-    change, meta, return_code, reason, caplog
-):
-    assert not Server(GLOBAL).receive({**GLOBAL, **change}, return_code=return_code, **meta)
-    (record,) = [record for record in caplog.records if record.name.endswith(".WholeLocalModels")]
-    line = record.getMessage()
-    assert line.startswith(f"site-2  refused: {reason}") and len(line) < 400 and line.isprintable()
-    assert to_show(record.name.rpartition(".")[2], record.levelname, line) == line
+def test_bad_model_is_refused_and_one_line_says_why_whatever_a_site_calls_its_tensors(change, meta, reason, tmp_path):
+    server = Server(GLOBAL)
+    with pytest.raises(ValueError) as refused:
+        server.receive({**GLOBAL, **change}, **meta)
+    line = server.fl_ctx.get_prop(REFUSED)
+    assert line == str(refused.value)  # which NVFlare logs
+    assert line.startswith(reason) and len(line) < 400 and line.isprintable()
+    assert why_lost(tmp_path, "site-2", [["was left out", "round 1/2", line]]) == line
+    assert server.receive(GLOBAL, "site-1") and torch.equal(server.average()["weight"], GLOBAL["weight"])
 
 
-def test_last_line_of_a_job_is_one_line_whatever_a_site_calls_its_tensors(tmp_path):
-    server = Server(GLOBAL, spare=False)
-    with pytest.raises(ValueError):
-        server.receive({**GLOBAL, "x\n\x1b[2J" * 1000: torch.ones(1)})
-    reason = why_lost(tmp_path, "site-2", [["was left out", "round 1/2", server.fl_ctx.get_prop(REFUSED)]])
-    assert reason.startswith("its local model has x") and len(reason) < 400 and reason.isprintable()
-
-
-def test_good_model_of_a_site_that_can_be_spared_is_averaged(caplog):
-    assert Server(GLOBAL).receive(GLOBAL, NUM_STEPS_CURRENT_ROUND=3)
-    assert caplog.messages == []
-
-
-def test_bad_model_of_a_site_that_is_needed_ends_the_job():
-    with pytest.raises(ValueError, match="weight is no tensor"):
-        Server(GLOBAL, spare=False).receive({**GLOBAL, "weight": "ones"})
+def test_result_of_a_site_that_failed_is_left_to_nvflare():
+    failed = make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    server = Server(GLOBAL)
+    assert server.filter.process(failed, server.fl_ctx) is failed and server.fl_ctx.get_prop(REFUSED) is None
 
 
 # ---- The mean ----
