@@ -46,7 +46,9 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
         end = end_of_script(log)
-        if end and not (end == KILLED and kill_says_nothing):
+        if end == KILLED:
+            end = "" if kill_says_nothing else f"{end}, or took longer than its 60 s after the last round"
+        if end:
             return f"{site} failed: {end}{see}"
     return ""
 

@@ -19,6 +19,7 @@ STAGES = {
 }
 KILL = "os.kill(os.getpid(), signal.{})"
 RAISE = "raise ValueError('no such thing')"
+CHILD = "import multiprocessing; multiprocessing.Process(target=time.sleep, args=(3_000,)).start()"
 MISSING = "import no_such_package"
 IS_MISSING = r"ModuleNotFoundError: No module named 'no_such_package' \(changed_client\.py:{line}\)"
 RAISED = r"ValueError: no such thing \(changed_client\.py:{line}\)"
@@ -33,13 +34,19 @@ ENDS = [  # when, where, what the script does, and the reason that the last line
     ("before the first receive", "site-2", KILL.format("SIGSEGV"), "its script was killed by SIGSEGV"),
     ("in training", "site-2", KILL.format("SIGTERM"), "its script was killed by SIGTERM"),
     ("in training", "site-2", "os._exit(0)", "its script ended itself with status 0"),
+    ("in training", "site-2", f"{CHILD}; {RAISE}", RAISED),  # which Python waits for
     ("in training", "site-2", "sys.exit(3)", "its script ended with status 3: goes on without a cache"),
     ("in training", "site-2", "break", "its script ended while the job went on"),
     ("in training", "site-2", "continue", r"its script ended with status 1: it received a task 10 times .* missing\?"),
     ("between rounds", "site-2", KILL.format("SIGKILL"), "its script was killed by SIGKILL"),
     ("while evaluating", "site-2", "sys.exit('too slow')", "its script ended with status 1: too slow"),
     ("after the last round", "site-2", RAISE, RAISED),
-    ("after the last round", "site-2", KILL.format("SIGKILL"), "its script was killed, or ended itself"),
+    (
+        "after the last round",
+        "site-2",
+        KILL.format("SIGKILL"),
+        "its script was killed, or ended itself, or took .* 60 s .*",
+    ),
 ]
 CAUGHT = """    import traceback
     try:  # what is caught and printed is no reason for an end

@@ -1,5 +1,8 @@
 """How a client script is run, and what its last line says of its end: run_script.py as NVFlare starts it."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 
@@ -14,6 +17,17 @@ from support.failure import end_of_script
 from support.on_site.run_script import ENDED, in_plain_types
 
 THREAD = "import threading, time\nthreading.Thread(target=time.sleep, args=(3_000,)).start()\n"
+CHILD = """import multiprocessing, time
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3_000,))
+child.start()
+
+"""
+QUEUE = """import multiprocessing
+queue = multiprocessing.Queue()
+queue.put(bytes(1_000_000))  # more than a pipe holds, and nobody takes it
+
+"""
+AT_EXIT = "import atexit, time\natexit.register(time.sleep, 3_000)\n"
 PRINTED_TRACEBACK = """
 import sys, traceback
 try:
@@ -29,16 +43,21 @@ def run(tmp_path):
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom" / "beside.py").write_text("def fail():\n    raise ValueError('no such thing')\n")
 
-    def run(script, *flags, input=None):
+    def run(script, *flags, input=""):
         (tmp_path / "custom" / "script.py").write_text(script)
         command = [sys.executable, "-u", REPO / "support" / "on_site" / "run_script.py", "custom/script.py", *flags]
-        # As NVFlare does, which reads both through one pipe.
-        done = subprocess.run(
-            command, cwd=tmp_path, input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        *printed, last = filter(None, done.stdout.splitlines())  # NVFlare drops empty lines
+        (tmp_path / "input").write_text(input)
+        # As NVFlare does, which reads both outputs through one pipe.
+        pipes = {"stdin": (tmp_path / "input").open(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, **pipes) as process:
+            try:
+                code = process.wait(timeout=100)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what the script started
+            *printed, last = filter(None, process.stdout.read().splitlines())  # NVFlare drops empty lines
         assert last.startswith(ENDED)
-        return done.returncode, printed, last.removeprefix(ENDED)
+        return code, printed, last.removeprefix(ENDED)
 
     return run
 
@@ -59,7 +78,10 @@ def run(tmp_path):
         ("import json\n\njson.loads('')", 1, "json.decoder.JSONDecodeError", "JSONDecodeError: Expecting value:"),
         ("import missing_package", 1, "ModuleNotFoundError", "ModuleNotFoundError: No module named 'missing_package'"),
         ("print('no disk', end='')\nraise SystemExit(3)", 3, "no disk", "status 3"),
-        (f"{THREAD}raise ValueError('no such thing')", 1, "ValueError", "ValueError: no such thing (script.py:3)"),
+        (f"{THREAD}raise ValueError('no such thing')", -9, "ValueError", "ValueError: no such thing (script.py:3)"),
+        (f"{CHILD}raise ValueError('no such thing')", -9, "ValueError", "ValueError: no such thing (script.py:5)"),
+        (f"{QUEUE}raise ValueError('no such thing')", -9, "ValueError", "ValueError: no such thing (script.py:5)"),
+        (f"{AT_EXIT}raise ValueError('no such thing')", -9, "ValueError", "ValueError: no such thing (script.py:3)"),
         (
             "import sys\nsys.stdout = open('log.txt', 'w')\nassert 0",
             1,
