@@ -13,12 +13,14 @@ import psutil  # comes with nvflare
 import torch
 
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # that end a run
 
 
 @contextlib.contextmanager
 def process_as_it_was() -> Iterator[None]:
-    """Leave this process, which may be a notebook's kernel, as it was: environment, folder, path, output, logging."""
+    """Leave this process, which may be a notebook's kernel, as it was: signals, environment, folder, path and so on."""
     environment, folder, path = dict(os.environ), os.getcwd(), list(sys.path)
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     disabled = logging.root.manager.disable
     errors = getattr(sys.stdout, "errors", None)
     reconfigure = getattr(sys.stdout, "reconfigure", lambda errors: None)  # does nothing to a notebook's output
@@ -32,6 +34,9 @@ def process_as_it_was() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = path
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 class Stopped(SystemExit):
@@ -42,24 +47,29 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Make SIGINT, SIGTERM and SIGHUP end this process as an exception does, with the status 128 + signal."""
+    """Make SIGINT, SIGTERM and SIGHUP end what is in here as an exception does, with the status 128 + signal.
 
-    before = {}
+    Afterwards they are ignored, so that nothing disturbs the clean-up, until process_as_it_was ends.
+    """
+    stopped, handled = Stopped(), []
 
     def stop(number, frame):
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # nothing disturbs the clean-up
-        raise Stopped(128 + number)
+        stopped.code = stopped.code or 128 + number
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(1)  # raise it again, if it got lost: Python drops what is raised in a callback of os.fork, say
+        raise stopped
 
     if threading.current_thread() is threading.main_thread():  # where Python handles signals
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # what is ignored stays so
-                before[number] = signal.signal(number, stop)
+        handled = [number for number in SIGNALS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    for number in handled:  # what is ignored stays so
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, signal.SIG_IGN)
+        if stopped.code:
+            signal.alarm(0)
 
 
 def share_cores(clients: int) -> None:

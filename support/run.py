@@ -54,7 +54,7 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
     """Guard a run. What fails ends in one line, with status 1, or 2 for a ValueError before the run begins."""
     run = Run(args)
     try:
-        with process_as_it_was(), ended_by_signals(), run.stack:
+        with process_as_it_was(), run.stack, ended_by_signals():
             yield run
             print(end="", flush=True)  # if standard output can't be written, this fails here
     except Stopped as stopped:

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -302,6 +303,19 @@ def test_what_has_the_name_of_the_lock_is_left_alone(tmp_path, make, capsys):
     assert re.fullmatch(r"job\.py: error: .+\n", capsys.readouterr().err)
     assert {path.name: path.lstat()[:7] for path in tmp_path.iterdir()} == before
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_signal_that_python_drops_is_raised_again():
+    program = """
+import os, signal, time
+from support.process import ended_by_signals, process_as_it_was
+os.register_at_fork(before=lambda: signal.raise_signal(signal.SIGTERM))  # where Python drops what a handler raises
+with process_as_it_was(), ended_by_signals():
+    if os.fork():
+        time.sleep(1_000)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and "Exception ignored in" in done.stderr
 
 
 # ---- A notebook's kernel, or another program that calls job.main ----
