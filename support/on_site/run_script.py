@@ -14,6 +14,14 @@ import nvflare.client as flare
 
 ENDED = "The client script has ended: "
 FAILED_FOR, ENDED_FOR = 5, 60  # seconds that a script's processes may live on after its end
+WATCH = """
+import os, sys, time
+group, seconds = map(int, sys.argv[1:])
+for _ in range(seconds):
+    time.sleep(1)
+    os.killpg(group, 0)  # fails if the group has ended, and so ends this
+os.killpg(group, 9)
+"""
 MOST_RECEIVED = 10  # times that a script may receive one task
 
 
@@ -35,9 +43,9 @@ def main() -> None:
         status, end = 1, in_one_line(error)
     sys.stdout = sys.__stdout__  # a script may have put a file there
     print(f"\n{ENDED}{end or f'status {status}'}")  # \n: after a script's unfinished line
+    end_group_within(FAILED_FOR if status else ENDED_FOR)
     with contextlib.suppress(Exception):
         flare.shutdown()  # which the script may have left out: NVFlare's threads would keep the process alive
-    end_group_within(FAILED_FOR if status else ENDED_FOR)
     sys.exit(status)
 
 
@@ -47,10 +55,10 @@ def end_group_within(seconds: int) -> None:
     NVFlare 2.9.0 waits for them without end, and a thread, an atexit function or a child may never end.
     """
     group = os.getpgrp()  # NVFlare starts this process as the leader of a group
-    watch = f"for _ in $(seq {seconds}); do sleep 1; kill -s 0 -- -{group} || exit; done; kill -s KILL -- -{group}"
     nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     if group == os.getpid():
-        subprocess.Popen(["sh", "-c", watch], start_new_session=True, **nowhere)
+        watch = [sys.executable, "-I", "-c", WATCH, str(group), str(seconds)]
+        subprocess.Popen(watch, start_new_session=True, **nowhere)
 
 
 def watch_calls() -> None:
