@@ -33,7 +33,7 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     job is exported, the run's folder, and the name that an earlier run's folder will get.
     """
     words = sys.argv[1:] if argv is None else argv
-    of_job = copy.deepcopy(parser)  # without data.py's flags: the words that it doesn't know go to the client script
+    of_job = copy.deepcopy(parser)  # knows job.py's flags alone: what it leaves over goes to the client script
     for action in of_job._actions:  # argparse has no public list of them
         action.type = None  # each value is checked once, by parser
     try:
@@ -79,7 +79,8 @@ def complete(args: argparse.Namespace) -> None:
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     """Return each mistake that can be made with flags: whether it was made, and the message."""
     run_folder, n_clients = args.run_folder, args.n_clients
-    simulated, on_sites = args.env == "sim" and not args.export, args.env == "prod" or args.export
+    simulated = args.env == "sim" and not args.export
+    on_sites = args.env == "prod" or args.export
     spare = n_clients - (args.min_sites or n_clients)  # how many sites the job may lose
     too_many = [name for name in LIMITED if (getattr(args, name) or 0) > n_clients]
     export_dir = any(word.startswith("--export-dir") for word in sys.orig_argv)
@@ -94,12 +95,13 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
         (len(set(args.sites)) < n_clients, "--sites has a name twice"),
         (too_many, f"--{' and --'.join(too_many)} can't be more than the {n_clients} sites"),
         ((args.num_threads or args.gpu) and not simulated, "--num_threads and --gpu are for a run with --env sim"),
+        (len(args.gpu) > 1 and args.num_threads, "--gpu with several groups trains a site on each: no --num_threads"),
         (len(args.gpu) > n_clients, f"--gpu {','.join(args.gpu)} has more groups than there are sites"),
         (args.enable_log_streaming and not on_sites, "--enable_log_streaming is for --env prod and --export"),
         (args.export and args.env != "sim", f"--export and --env {args.env} are two ways to use a job: choose one"),
         ((args.env == "prod") != (args.startup_kit is not None), "--env prod and --startup_kit go together"),
         (simulated and spare, "--min_sites is for --env poc or prod: a simulation ends when it loses a site"),
-        # A round must draw more sites than the job may lose.
+        # Each round needs a site that can't be among the lost ones.
         ((args.clients_per_round or n_clients) <= spare, "a round could draw lost sites alone: see --min_sites"),
         (args.cross_site_eval and not args.evaluates, "--cross_site_eval needs a script that calls is_evaluate"),
         (unfit and not on_sites, f"NVFlare can't take blanks, quotes, # or \\ in {' and '.join(unfit)}"),
@@ -110,8 +112,8 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
 def script_flags(args: argparse.Namespace, data: dict) -> str:
     """Return the flags of a client script: --epochs and so on, --sites, those of data.py, and --train_args.
 
-    Those of data.py are words of the command line, and then the "flags" that prepare_data returned in `data`. Raises
-    ValueError if NVFlare would replace a part of a value.
+    Those of data.py come as they were typed. The "flags" that prepare_data returned in `data` come later, and so win.
+    Raises ValueError if NVFlare would replace a part of a value.
     """
     words = ["--sites", *args.sites, *(f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS)]
     words += args.data_words

@@ -140,6 +140,7 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
         *(f"--gpu {spec}" for spec in ("gpu0", "-1", "0,", "[0", "[]", "0;1", "[0,,1]", "[,]", "")),
         "--gpu 0,1,2",
         "--gpu [0],[1],[2]",
+        "--gpu 0,1 --num_threads 2",
         *(f"--split {split}" for split in ("equal", "IID", "")),
         *(f"--split dirichlet --alpha {alpha}" for alpha in ("small", "")),
         *(f"--env {env}" for env in ("simulation", "")),
