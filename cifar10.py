@@ -103,7 +103,7 @@ def download_and_decode(root: Path) -> dict[str, list[torch.Tensor]]:
 
 @functools.cache
 def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[Images, Images]:
-    """Draw training and test images with CIFAR-10's shapes and ten classes: see load_cifar10, and draw_images."""
+    """Return training and test images of CIFAR-10's shapes and ten classes. draw_images says what they look like."""
     generator = torch.Generator().manual_seed(seed)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), size=32, mode="bicubic")
     train_seed, test_seed = torch.randint(2**62, (2,), generator=generator).tolist()

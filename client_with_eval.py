@@ -84,7 +84,7 @@ def main():
                 continue
             current_round, end = global_model.current_round, global_model.start_round + global_model.total_rounds  # (9)
             for name, value in metrics.items():
-                if value is not None:  # None: undefined on this site
+                if value is not None:  # a metric of your own may be None on some sites
                     writer.add_scalar(name, value, global_step=current_round)
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))
             steps = args.epochs * len(train_loader)  # a batch is a step

@@ -29,7 +29,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_data(args: argparse.Namespace) -> dict:
-    """Get the images ready before any client wants them, and settle what "auto" means.
+    """Get the images ready before any client wants them, and decide what "auto" is.
 
     Returns {"name": in words, "flags": values that replace the sites' flags, "warning": "" if all is well}.
     Raises ValueError if the flags can't be right, and DataError if CIFAR-10 can't be had.
@@ -136,5 +136,5 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = No
 
 
 def collate(samples: list | tuple) -> list | tuple:
-    """Make a batch of samples. What cifar10.Images returns is a batch already: a tuple."""
+    """Make a batch of samples. cifar10.Images returns a whole batch, as a tuple; other data sets, a list of samples."""
     return samples if isinstance(samples, tuple) else default_collate(samples)

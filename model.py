@@ -36,7 +36,7 @@ def create_model(seed: int = 0) -> nn.Module:
 
     A job holds only this function's name. The server calls it with job.py's seed, for the first global model.
     """
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator (of the CPU) as it was
         torch.manual_seed(seed)
         return SimpleNetwork()
 

@@ -40,8 +40,8 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     lost = missing_sites(args.run_folder)  # the job went on without them
     # In prod, a site's name may be in no flag.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
-    # That a script was killed says nothing where NVFlare 2.9.0 itself may have killed it: it kills the scripts of a job
-    # that failed and, with few --num_threads, each that has no thread at the end. In prod, a log's end may be missing.
+    # NVFlare 2.9.0 itself kills the scripts of a job that failed and, with few --num_threads, each that has no thread
+    # at the end. In prod, the end of a log may be missing. So there, a killed script isn't the reason.
     kill_says_nothing = job_failed or args.num_threads < args.n_clients or args.env == "prod"
     for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
@@ -68,7 +68,10 @@ def why_lost(run_folder: Path, site: str, events: list[list[str]]) -> str:
 
 
 def end_of_script(log: list[dict]) -> str:
-    """Say how a client script ended, by its last line or its status; return "" if it ended well or there is no log."""
+    """Say how a client script ended, by its last line or its status; return "" if it ended well or there is no log.
+
+    A log without either is that of a script that was KILLED.
+    """
     printed = [r["message"] for r in log if is_printed(r["name"], r["levelname"], r["message"])]
     ends = [i for i, line in enumerate(printed) if line.startswith(ENDED)]
     if ends:
@@ -100,7 +103,7 @@ def dead_process(run_folder: Path) -> str:
 
 
 def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
-    """Read which sites were lost, in the order in which they were: {site: [[what, in which round, why], ...]}."""
+    """Read which sites were lost, in the order in which they were: {site: [[what, at what stage, why], ...]}."""
     for file in run_folder.glob("server/**/lost_sites.json"):
         with contextlib.suppress(ValueError):  # it is being written
             return json.loads(file.read_text())
@@ -108,7 +111,7 @@ def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
 
 
 def missing_sites(run_folder: Path) -> dict[str, list[list[str]]]:
-    """Read the same of the sites that are still missing: what happened since they came back, if they ever did."""
+    """Do as read_lost_sites, without the sites that came back, and what happened to the others before they last did."""
     missing = {}
     for site, events in read_lost_sites(run_folder).items():
         for event in events:

@@ -31,7 +31,7 @@ def within(kind: Callable, low: float, high: float) -> Callable:
 def site_name(text: str) -> str:
     """Check a site's name, which is the name of a folder and of a host, too."""
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text) or text == "server":
-        raise argparse.ArgumentTypeError(f"{text!r} is no site's name: use small letters, digits and -")
+        raise argparse.ArgumentTypeError(f"{text!r} is no site's name: use small letters, digits and -, but not server")
     return text
 
 
@@ -93,7 +93,7 @@ def checkpoint(text: str) -> Path:
         if entry in weights:
             advice = f"write them alone, with torch.save(torch.load({text!r})[{entry!r}], FILE)"
             raise argparse.ArgumentTypeError(f"{text!r} has its weights in an entry: {advice}")
-    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # a mask may hold -inf by design
+    finite = {name: tensor.isfinite() for name, tensor in model.state_dict().items()}  # -inf in a mask may stay
     try:
         model.load_state_dict(weights)
     except Exception as error:

@@ -37,7 +37,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     job.to_clients(LastWord())
     recipe.add_server_input_filter(WholeLocalModels(), tasks=["train"])
     recipe.add_server_input_filter(WholeSubmittedModels(), tasks=["submit_model"])
-    # Believe it at once if a site is reported as dead. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
+    # A site is dead as soon as it is reported as dead. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
     # start of each later round.
     recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
     executor = job._deploy_map["@ALL"].app_config.executors[0].executor  # of all sites

@@ -27,7 +27,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
         key_metric: {"name": ..., "mode": ...}, that of model.py.
         best_model: the better global model, by the mean of key_metric over the sites that have a number; None if none
             has. `round` is the number of rounds that made it.
-        lost_sites: of each site that was ever lost: [[what happened, in which round, why], ...].
+        lost_sites: of each site that was ever lost: [[what happened, at what stage, why], ...].
         paths: of the global models' files, of TensorBoard's, and of all.
 
     Raises:
@@ -48,7 +48,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
     name, mode = KEY_METRIC
     global_models = []
-    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # so many rounds made it
+    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # from 1
     for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the first
         values = {site: metrics[name] for site, metrics in models.get(model, {}).items() if name in metrics}
         if values:

@@ -2,7 +2,7 @@
 
 - One run at a time in a workspace. Earlier results get another name, and nothing is ever deleted.
 - Whatever fails ends in one line.
-- However job.py ends, short of SIGKILL, no process of the run is left behind.
+- However job.py ends, short of SIGKILL and SIGQUIT, no process of the run is left behind.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.data, self.begun = args, None, False
-        self.stack = contextlib.ExitStack()  # what begin opens is closed when guarded ends
+        self.stack = contextlib.ExitStack()  # of what begin opens, and guarded closes
 
     def begin(self, data: dict) -> None:
         """Take the workspace, say what the sites train on (what prepare_data returned), and rename an earlier run."""
@@ -78,7 +78,7 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
         if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
             reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
-        mistaken = isinstance(error, ValueError) and not run.begun  # the command line, says prepare_data
+        mistaken = isinstance(error, ValueError) and not run.begun  # prepare_data says that the flags are wrong
         if mistaken:
             reason = reason.removeprefix("ValueError: ")
         print(f"job.py: error: {reason}", file=sys.stderr)
@@ -86,7 +86,7 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
 
 
 def make_room(args: argparse.Namespace) -> None:
-    """Rename the folder of an earlier run, and make this one's. A folder with a folder server/ in it is a run's."""
+    """Rename the folder of an earlier run, and make this one's."""
     if args.run_folder.exists():
         args.run_folder.rename(args.earlier_run)
         print(f"The results of the run before are kept in {args.earlier_run}", flush=True)

@@ -15,7 +15,7 @@ from support.tables import MOST_COLUMNS, print_table, show
 from support.text import HERE, describe
 
 MOST_CLASSES = 10_000  # with a larger label, nothing is counted
-MOST_ROUNDS = 7  # that a table shows
+MOST_ROWS = 7  # of a table of rounds
 
 
 def show_data(args: argparse.Namespace, data: dict) -> dict:
@@ -121,7 +121,7 @@ def print_summary(report: dict) -> None:
 
     evaluated = " (they evaluate the global model before they train it)" if settings["evaluates"] else ""
     print(f"\nWhat the sites reported in each round{evaluated}:")
-    print_metrics(rows, sites, MOST_ROUNDS)
+    print_metrics(rows, sites, MOST_ROWS)
     if settings["cross_site_eval"]:
         print(
             "\nEach model (row) on each site's test data (column); a site's model is its local one of its last round:"
@@ -138,7 +138,7 @@ def print_summary(report: dict) -> None:
     elif settings["evaluates"]:
         print(f"WARNING: no site reported {name} as a finite number, and so no model is called the best.")
     print(f"\nTensorBoard:\n  {report['tensorboard_command']}")
-    if settings["train_script"] == HERE / "client.py" and not settings["initial_ckpt"]:  # it may have another path now
+    if settings["train_script"] == HERE / "client.py" and not settings["initial_ckpt"]:  # a run may have renamed it
         command = f"{settings['command']} --train_script client_with_eval.py"
         print(f"\nHow good is the model? Train again, and test it:\n  {command}")
 

@@ -13,7 +13,7 @@ def create_model(seed: int = 0, dropout: float = 0.1) -> nn.Module:
 
     It takes 13 features as they were measured, float32 (N, 13), and returns the logits of three classes, (N, 3).
     """
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator (of the CPU) as it was
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.BatchNorm1d(13),  # learns the features' scales, which differ by a factor of a thousand

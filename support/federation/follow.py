@@ -59,7 +59,7 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
 
 
 class Follower:
-    """Shows how a job gets on; aborts one for which too few sites are there to begin with."""
+    """Shows how a job gets on; aborts one that lacks sites to begin with, or that waits for a lost site at its end."""
 
     def __init__(self, job_id: str, args: argparse.Namespace):
         self.job_id, self.args = job_id, args
@@ -97,7 +97,7 @@ class Follower:
         if not waiting:
             self.show_logs(session, sites)
             # No stats for two minutes: the job has ended at all sites but a lost one, for which NVFlare 2.9.0 waits
-            # 600 s. The other sites' scripts have had their 60 s after the last round.
+            # 600 s. Abort it, to get the results. The other sites' scripts have had their 60 s after the last round.
             if self.last_stats and self.last_answer - self.last_stats > 2 * LOST_AFTER:
                 session.abort_job(job_id)
         elif len(sites) < self.args.n_clients and self.last_answer - self.start > SITES_WITHIN:

@@ -52,7 +52,7 @@ class Rounds(FLComponent):
         self.patience = patience
         self.place = "the start"
         self.said = collections.deque(maxlen=1000)
-        self.lost = {}  # {site: [[what happened, in which round, why], ...]}
+        self.lost = {}  # {site: [[what happened, at what stage, why], ...]}
         self.at_work = {}  # {site: (what on, since when)}
         self.could_not_take_part = set()
         self.last_answer = {}  # {site: when}
@@ -139,7 +139,7 @@ class Rounds(FLComponent):
             self.name_slow_sites()
             with engine.new_context() as fl_ctx:
                 for site in self.could_not_take_part | self.silent_sites(engine, fl_ctx):
-                    # Each time: only the workflow that runs now hears it, and the next one has to, as well.
+                    # Each time, since only the workflow that is running hears it, and each new one must be told.
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 
     def name_slow_sites(self) -> None:

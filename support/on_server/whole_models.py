@@ -25,8 +25,8 @@ class WholeLocalModels(Filter):
     """Refuse a local model that would spoil the global one. Hand on the others in float64.
 
     NVFlare 2.9.0 adds local models up in the order of arrival and in their own type. With three sites, two equal runs
-    would differ in the last bits, and float16 would overflow. In float64 the order makes no difference that float32 can
-    hold. The mean gets the types of the global model again.
+    would differ in the last bits, and float16 would overflow. What the order changes in float64 is gone when the
+    mean is rounded to float32. The mean gets the types of the global model again.
     """
 
     def __init__(self):
@@ -58,7 +58,7 @@ class WholeLocalModels(Filter):
                 means[name] = self.in_type_of(weights[name], means[name], name)
 
     def compare_whole_numbers(self, weights: dict, wanted: dict) -> None:
-        """Keep where all sites agree on integers and booleans: float64 is exact only up to 2**53."""
+        """Keep the integers and booleans on which all sites agree: float64 is exact only up to 2**53."""
         for name, value in wanted.items():
             if not torch.as_tensor(value).is_floating_point():
                 local = torch.as_tensor(weights[name])
