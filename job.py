@@ -55,7 +55,7 @@ def make_recipe(args: argparse.Namespace, data: dict) -> FedAvgRecipe:
     """FedAvg (McMahan et al. 2017, arXiv:1602.05629) of the model with the client script on every site."""
     key_metric, mode = KEY_METRIC
     recipe = FedAvgRecipe(
-        name="hello-pt",  # the same as JOB_NAME in support/text.py
+        name="hello-pt",  # JOB_NAME in support/text.py, too
         model={"class_path": "model.create_model", "args": {"seed": args.seed}},  # the server calls it
         initial_ckpt=args.initial_ckpt,
         min_clients=args.clients_per_round,  # how many sites a round draws
