@@ -111,7 +111,7 @@ def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
 
 
 def missing_sites(run_folder: Path) -> dict[str, list[list[str]]]:
-    """Do as read_lost_sites, without the sites that came back, and what happened to the others before they last did."""
+    """Return the sites that are still missing, as read_lost_sites does, and what happened since they came back."""
     missing = {}
     for site, events in read_lost_sites(run_folder).items():
         for event in events:

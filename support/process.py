@@ -59,9 +59,9 @@ def ended_by_signals() -> Iterator[None]:
         signal.alarm(1)  # raise it again, if it got lost: Python drops what is raised in a callback of os.fork, say
         raise stopped
 
-    if threading.current_thread() is threading.main_thread():  # where Python handles signals
+    if threading.current_thread() is threading.main_thread():  # where Python handles signals; what is ignored stays so
         handled = [number for number in SIGNALS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
-    for number in handled:  # what is ignored stays so
+    for number in handled:
         signal.signal(number, stop)
     try:
         yield

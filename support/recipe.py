@@ -70,7 +70,7 @@ def check_model(weights: dict) -> None:
 def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
     """Send the modules and packages that a client script needs, those beside it too."""
     # NVFlare 2.9.0 starts custom/<script's name>. It copies a script to custom/ plus its path below an entry of
-    # sys.path, which therefore has to be the script's own folder.
+    # sys.path: the script's own folder has to be one.
     sys.path.append(str(args.train_script.parent))
     recipe.add_client_file(str(HERE / "support" / "on_site" / "run_script.py"))
     for module in MODULES:

@@ -105,7 +105,7 @@ def test_names_of_the_global_model_may_begin_with_anything():
 
 @pytest.mark.parametrize("steps", [0, -5, float("nan"), float("inf"), 1e308, 10**400, "many", True, [3]])
 def test_number_of_steps_that_is_none_is_refused(steps):
-    with pytest.raises(ValueError, match="it must be above 0"):
+    with pytest.raises(ValueError, match=r"it must be above 0 \(and below 2\*\*53\)$"):
         check_steps(steps)
 
 
@@ -116,7 +116,11 @@ def test_number_of_steps_that_is_none_is_refused(steps):
         ({"weight": torch.full((2, 2), torch.nan)}, {}, "its local model's weight isn't finite"),
         ({"weight": "ones"}, {}, "its local model's weight is no tensor"),
         ({"x\n\x1b[2J" * 1000: torch.ones(1)}, {}, "its local model has x"),
-        ({}, {"NUM_STEPS_CURRENT_ROUND": -1}, "its NUM_STEPS_CURRENT_ROUND is -1: it must be above 0"),
+        (
+            {},
+            {"NUM_STEPS_CURRENT_ROUND": -1},
+            "its NUM_STEPS_CURRENT_ROUND is -1: it must be above 0 (and below 2**53)",
+        ),
     ],
 )
 def test_bad_model_is_refused_and_one_line_says_why_whatever_a_site_calls_its_tensors(change, meta, reason, tmp_path):
