@@ -91,15 +91,16 @@ def end_of_script(log: list[dict]) -> str:
 def dead_process(run_folder: Path) -> str:
     """Say which simulated site's process died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
     died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"  # as the server logs it
-    raised = r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception): (.*)"
-    for log in run_folder.glob("*/error_log.txt"):
-        with contextlib.suppress(OSError):
-            text = log.read_text(errors="replace")
-            if found := re.search(died, text):
-                return f"{found[1]} failed: its process was killed (see {run_folder / found[1] / 'log.txt'})"
-            if found := re.search(raised, text):
-                return f"{log.parent.name} failed: {found[1]} (see {log.with_name('log.txt')})"
-    return ""
+    raised = (
+        r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception|"
+        r"ClientTaskWorker - ERROR - ClientTaskWorker run error(?=: RuntimeError)): (.*)"
+    )
+    logs = {log.parent.name: log.read_text(errors="replace") for log in run_folder.glob("*/error_log.txt")}
+    dead = re.findall(died, logs.get("server", ""))[:1]
+    for site in dead or logs:
+        if found := re.search(raised, logs.get(site, "")):
+            return f"{site} failed: {found[1]} (see {run_folder / site / 'log.txt'})"
+    return "".join(f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})" for site in dead)
 
 
 def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:

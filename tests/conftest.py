@@ -175,9 +175,9 @@ def finish(process: subprocess.Popen, workspace: Path) -> Run:
 
 
 def run_job(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
-    """Run job.py; again, if a port that NVFlare chose was taken a moment later, by a test beside this one."""
+    """Run job.py; again, if a process could not start since a test beside this one took its port or all the time."""
     run = finish(start_job(workspace, *flags, repo=repo, **env), workspace)
-    if "Address already in use" in run.errors:
+    if "Address already in use" in run.errors or "Could not connect to the server cell" in run.errors:
         shutil.rmtree(run.folder)
         run = finish(start_job(workspace, *flags, repo=repo, **env), workspace)
     return run
@@ -190,13 +190,13 @@ def succeed(workspace: Path, *flags: str, repo: Path = REPO, **env: str) -> Run:
     return run
 
 
-def wait_until(condition, process=None, seconds=600, what="what was waited for"):
+def wait_until(condition, process=None, seconds=600, what="what was waited for", every=0.1):
     """Wait until a condition, perhaps of a process that must be running, holds, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.1)
+        time.sleep(every)
     return value
 
 

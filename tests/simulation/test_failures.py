@@ -69,6 +69,21 @@ def test_process_that_cannot_start_since_another_program_took_its_port_ends_the_
     assert running(workspace.parent) == []
 
 
+def test_processes_that_cannot_reach_the_server_in_nvflares_ten_seconds_end_the_run(workspace):
+    job = start_job(workspace, *ENDLESS)
+    log = workspace / "hello-pt" / "site-2" / "log.txt"
+    wait_until(lambda: log.exists() and "ClientTaskWorker started to run" in log.read_text(), job, every=0.002)
+    busy = max(running(workspace / "hello-pt", "simulator.simulator "), key=psutil.Process.num_threads)
+    busy.suspend()  # as on a computer that is too busy
+    time.sleep(12)
+    busy.resume()
+    run = finish(job, workspace)
+    assert run.status == 1
+    reason = r"RuntimeError: Could not connect to the server cell\."
+    assert re.fullmatch(rf"job\.py: error: site-[12] failed: {reason} \(see .*/site-[12]/log\.txt\)\n", run.errors)
+    assert running(workspace.parent) == []
+
+
 def test_client_that_raises_ends_the_run_with_its_site_exception_line_and_log(tmp_path):
     fault = 'raise ValueError(f"it has\\n\\n  {torch.get_num_threads()} threads,\\nno more")'
     script = faulty_client(tmp_path, "site-2", "            model.load_state_dict(", fault)
