@@ -98,9 +98,11 @@ def dead_process(run_folder: Path) -> str:
     logs = {log.parent.name: log.read_text(errors="replace") for log in run_folder.glob("*/error_log.txt")}
     dead = re.findall(died, logs.get("server", ""))[:1]
     for site in dead or logs:
-        if found := re.search(raised, logs.get(site, "")):
-            return f"{site} failed: {found[1]} (see {run_folder / site / 'log.txt'})"
-    return "".join(f"{site} failed: its process was killed (see {run_folder / site / 'log.txt'})" for site in dead)
+        found = re.search(raised, logs.get(site, ""))
+        if found or dead:
+            reason = found[1] if found else "its process was killed"
+            return f"{site} failed: {reason} (see {run_folder / site / 'log.txt'})"
+    return ""
 
 
 def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
