@@ -79,16 +79,13 @@ def share_cores(clients: int) -> None:
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:
     """Return the processes of a run, whoever started them: NVFlare's, and what these started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # ended, or another user's
-            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run_folder):
-                found.append(process)
-    return found
+    processes = psutil.process_iter(["environ"], ad_value={})  # {}: another user's, or one that has ended
+    return [process for process in processes if process.info["environ"].get(RUN_VARIABLE) == str(run_folder)]
 
 
-def kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=1)
+def kill_processes_of(run_folder: Path) -> None:
+    while processes := processes_of(run_folder):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(processes, timeout=1)

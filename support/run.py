@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # comes with torch
 
 from support.failure import failed_script, reason_of_failure
-from support.process import RUN_VARIABLE, Stopped, ended_by_signals, kill, process_as_it_was, processes_of
+from support.process import RUN_VARIABLE, Stopped, ended_by_signals, kill_processes_of, process_as_it_was, processes_of
 from support.results import read_results
 from support.summary import show_data, sum_up
 from support.text import HERE, JobFailed, describe
@@ -123,5 +123,4 @@ def only_run(run_folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            while processes := processes_of(run_folder):
-                kill(processes)
+            kill_processes_of(run_folder)

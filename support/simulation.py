@@ -14,7 +14,7 @@ from nvflare.fuel.utils.log_utils import default_log_dict
 from nvflare.job_config.api import FedJob
 
 from support.failure import dead_process, read_lost_sites
-from support.process import kill, processes_of, share_cores
+from support.process import kill_processes_of, share_cores
 from support.text import JobFailed
 
 PATIENCE = 5  # seconds that a failed run has to end by itself
@@ -65,7 +65,7 @@ class SimEnv(nvflare.recipe.SimEnv):
             if read_lost_sites(self.run_folder):
                 seconds_failed += 1
             if dead_process(self.run_folder) or seconds_failed > PATIENCE:
-                kill(processes_of(self.run_folder))
+                kill_processes_of(self.run_folder)
 
 
 @contextlib.contextmanager
