@@ -60,25 +60,21 @@ class SimEnv(nvflare.recipe.SimEnv):
         NVFlare 2.9.0 waits forever for a site whose process died. When a run fails, it waits a minute
         (shutdown_timeout) for scripts that are still training.
         """
-        seconds_failed = 0
         while not over.wait(1):
-            if read_lost_sites(self.run_folder):
-                seconds_failed += 1
-            if dead_process(self.run_folder) or seconds_failed > PATIENCE:
+            failed = read_lost_sites(self.run_folder) and not over.wait(PATIENCE)
+            if failed or dead_process(self.run_folder):
                 kill_processes_of(self.run_folder)
 
 
 @contextlib.contextmanager
 def silent_errors() -> Iterator[None]:
     """Write standard error nowhere, that of new processes too: NVFlare's logs have what matters."""
-    null, errors = os.open(os.devnull, os.O_WRONLY), os.dup(2)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(errors, 2)
-        os.close(errors)
-        os.close(null)
+    with open(os.devnull, "w") as null, os.fdopen(os.dup(2), "w") as errors:
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(errors.fileno(), 2)
 
 
 def write_log_config() -> Path:
