@@ -35,7 +35,10 @@ class SimEnv(nvflare.recipe.SimEnv):
 
     def deploy(self, job: FedJob) -> str:
         share_cores(self.num_threads)
-        self.log_config = str(write_log_config())
+        # NVFlare's log files keep everything, the screen shows less.
+        handlers = {**default_log_dict["handlers"], "consoleHandler": {"class": "support.console.Console"}}
+        self.log_config = os.path.join(os.environ["TMPDIR"], "log_config.json")
+        Path(self.log_config).write_text(json.dumps({**default_log_dict, "handlers": handlers}))
         if self.gpu_config and not torch.cuda.is_available():
             print("WARNING: PyTorch finds no GPU here: the sites train on the CPU, in spite of --gpu.")
         print(f"NVFlare's logs: {self.run_folder}/*/log.txt", flush=True)
@@ -75,11 +78,3 @@ def silent_errors() -> Iterator[None]:
             yield
         finally:
             os.dup2(errors.fileno(), 2)
-
-
-def write_log_config() -> Path:
-    """Write the logging configuration of NVFlare's processes: their files keep everything, the screen shows less."""
-    handlers = {**default_log_dict["handlers"], "consoleHandler": {"class": "support.console.Console"}}
-    file = Path(os.environ["TMPDIR"], "log_config.json")
-    file.write_text(json.dumps({**default_log_dict, "handlers": handlers}))
-    return file
