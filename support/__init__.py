@@ -9,7 +9,7 @@ run.py           What guards a run: one run a workspace, earlier results kept, o
 process.py       This process, its signals, and the processes that a run starts.
 recipe.py        What a recipe needs beside NVFlare's defaults: modules to send, guards on server and sites.
 environments.py  NVFlare's SimEnv, PocEnv and ProdEnv, with what they need.
-simulation.py    The simulator, whose sites share the cores.
+simulation.py    The simulator, which ends when a site's process dies.
 console.py       What a job's processes show.
 failure.py       Which site failed, and why: it reads NVFlare's logs.
 results.py       What NVFlare left, read once, checked once.

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil  # comes with nvflare
-import torch
 
 RUN_VARIABLE = "HELLO_PT_RUN"  # in the environment of every process of a run: the run's folder
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # that end a run
@@ -70,11 +69,6 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         if stopped.code:
             signal.alarm(0)
-
-
-def share_cores(clients: int) -> None:
-    """Give each client its share of the cores. Otherwise each takes all, and they slow each other down."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // clients)))
 
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:

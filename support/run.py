@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout  # comes with torch
 
 from support.failure import failed_script, reason_of_failure
@@ -41,6 +42,8 @@ class Run:
         self.stack.enter_context(only_run(self.args.run_folder))
         self.data = show_data(self.args, data)
         make_room(self.args)
+        # Sites that train here share the cores. Otherwise each takes all, and they slow each other down.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // self.args.num_threads)))
 
     def sum_up(self, folder: str) -> None:
         """Sum up the results in a folder, in which app_server, tb_events and so on are."""

@@ -1,4 +1,4 @@
-"""NVFlare's simulator, whose sites share the cores, and which ends when a site's process dies."""
+"""NVFlare's simulator, which ends when a site's process dies."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from nvflare.fuel.utils.log_utils import default_log_dict
 from nvflare.job_config.api import FedJob
 
 from support.failure import dead_process, read_lost_sites
-from support.process import kill_processes_of, share_cores
+from support.process import kill_processes_of
 from support.text import JobFailed
 
 PATIENCE = 5  # seconds that a failed run has to end by itself
@@ -34,7 +34,6 @@ class SimEnv(nvflare.recipe.SimEnv):
         self.run_folder = args.run_folder
 
     def deploy(self, job: FedJob) -> str:
-        share_cores(self.num_threads)
         # NVFlare's log files keep everything, the screen shows less.
         handlers = {**default_log_dict["handlers"], "consoleHandler": {"class": "support.console.Console"}}
         self.log_config = os.path.join(os.environ["TMPDIR"], "log_config.json")

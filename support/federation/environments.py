@@ -11,7 +11,7 @@ import nvflare.recipe
 from nvflare.job_config.api import FedJob
 
 from support.federation.follow import LOGIN_TIMEOUT, LOST_AFTER, follow_and_fetch
-from support.process import Stopped, share_cores
+from support.process import Stopped
 
 POC_PORT = 8002  # of the server, by NVFlare's default
 
@@ -28,7 +28,6 @@ class PocEnv(nvflare.recipe.PocEnv):
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", POC_PORT)) == 0:
                 raise OSError(f"port {POC_PORT} of this machine is taken by another server: try `nvflare poc stop`")
-        share_cores(self.num_clients)
         Path(self.poc_workspace).mkdir(mode=0o700, parents=True)  # it will have private keys in it
         print(f"NVFlare's logs: {self.args.run_folder}/poc/*/prod_00/*/log.txt", flush=True)
         return submit(super().deploy, job, self.args.run_folder)
