@@ -19,7 +19,7 @@ import os, sys, time
 group, seconds = map(int, sys.argv[1:])
 for _ in range(seconds):
     time.sleep(1)
-    os.killpg(group, 0)  # fails if the group has ended, and so ends this
+    os.killpg(group, 0)  # fails if the group has ended, or if there was none, and so ends this
 os.killpg(group, 9)
 """
 MOST_RECEIVED = 10  # times that a script may receive one task
@@ -54,11 +54,9 @@ def end_group_within(seconds: int) -> None:
 
     NVFlare 2.9.0 waits for them without end, and a thread, an atexit function or a child may never end.
     """
-    group = os.getpgrp()  # NVFlare starts this process as the leader of a group
     nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    if group == os.getpid():
-        watch = [sys.executable, "-I", "-c", WATCH, str(group), str(seconds)]
-        subprocess.Popen(watch, start_new_session=True, **nowhere)
+    watch = [sys.executable, "-I", "-c", WATCH, str(os.getpid()), str(seconds)]  # NVFlare makes it lead a group
+    subprocess.Popen(watch, start_new_session=True, **nowhere)
 
 
 def watch_calls() -> None:
