@@ -81,10 +81,8 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes what is left at its end
         if run.begun and args.workspace.is_dir() and shutil.disk_usage(args.workspace).free < 1_000_000:
             reason = f"the disk of {args.workspace} is full: make room, or choose another --workspace"
+        print(f"job.py: error: {reason.removeprefix('ValueError: ')}", file=sys.stderr)
         mistaken = isinstance(error, ValueError) and not run.begun  # prepare_data says that the flags are wrong
-        if mistaken:
-            reason = reason.removeprefix("ValueError: ")
-        print(f"job.py: error: {reason}", file=sys.stderr)
         sys.exit(2 if mistaken else 1)
 
 
