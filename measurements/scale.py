@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from support.failure import read_log
+from support.failure import parse_log
 from support.process import processes_of
 
 REPO = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def measure(env: str, sites: int, parameters: int) -> dict:
         if job.wait():
             sys.exit(f"failed: {command}")
         results = next(run_folder.glob("server/**/app_server")).parent
-        log = read_log((results if env == "poc" else run_folder / "server") / "log.json")
+        log = parse_log(((results if env == "poc" else run_folder / "server") / "log.json").read_text())
     begins = [moment(record) for record in log if record["message"].endswith("  begins")]
     rounds = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(begins[1:])]
     each = statistics.median(rounds)

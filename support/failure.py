@@ -135,7 +135,7 @@ def stop_cond(run_folder: Path) -> tuple[bool, bool]:
 def find_log(run_folder: Path, site: str = "server") -> tuple[list[dict], str]:
     """Return a log, and a hint where it is."""
     for log in log_files(run_folder, site):
-        if records := read_log(log):
+        if records := parse_log(log.read_text(errors="replace")):
             text = log.with_suffix(".txt")  # easier to read, but not streamed
             return records, f" (see {text if text.exists() else log})"
     return [], ""
@@ -149,12 +149,6 @@ def log_files(run_folder: Path, site: str) -> list[Path]:
     downloaded = "workspace" if site == "server" else f"workspace/{site}"
     places = (f"{site}/log.json", f"poc/*/prod_00/{site}/*/log.json", f"server/*/{downloaded}/log.json")
     return [log for place in places for log in run_folder.glob(place)]
-
-
-def read_log(log: Path) -> list[dict]:
-    with contextlib.suppress(OSError):
-        return parse_log(log.read_text(errors="replace"))
-    return []
 
 
 def parse_log(text: str) -> list[dict]:

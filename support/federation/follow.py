@@ -9,7 +9,7 @@ from nvflare.fuel.flare_api.api_spec import AuthorizationError, JobNotRunning
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from support.console import TRAINER, to_show
-from support.failure import log_files, parse_log, read_log, read_lost_sites
+from support.failure import log_files, parse_log, read_lost_sites
 from support.text import CONTROLS, JobFailed
 
 LOGIN_TIMEOUT = 20  # seconds
@@ -47,10 +47,10 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
                     session.close()
     if follower.problem:
         raise ConnectionError(follower.problem)
-    logs = [results / "log.json"]  # they may hold lines that came after the last look
+    logs = log_files(args.run_folder, "server")  # they may hold lines that came after the last look
     if follower.streams:
         logs += log_files(args.run_folder, "*")
-    follower.show_records([record for log in logs for record in read_log(log)])
+    follower.show_records([record for log in logs for record in parse_log(log.read_text(errors="replace"))])
     lost = read_lost_sites(args.run_folder) and args.min_sites < args.n_clients
     # NVFlare 2.9.0 calls a job that lost a site abnormal, even if it went on. read_results tells whether all is there.
     if follower.status == "FINISHED:COMPLETED" or lost:
