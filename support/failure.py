@@ -26,7 +26,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
     if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
         return of_server
-    for record in errors(server_log):
+    for record in (record for record in server_log if record["levelname"] == "ERROR"):
         raised = first_exception(record["message"])
         if record["name"] == "SimulatorRunner":  # what it refuses, such as a GPU that isn't there
             raised = raised or one_line(record["message"])
@@ -80,7 +80,8 @@ def end_of_script(log: list[dict]) -> str:
             return one_line(end)
         said = [line for line in printed[: ends[-1]] if line.strip()] or ["it printed nothing"]
         return "" if end == "status 0" else f"its script ended with {end}: {one_line(said[-1])}"
-    codes = re.findall(r"exited \(rc=(-?\d+)\)", " ".join(record["message"] for record in errors(log)))
+    errors = " ".join(record["message"] for record in log if record["levelname"] == "ERROR")
+    codes = re.findall(r"exited \(rc=(-?\d+)\)", errors)
     if codes and int(codes[-1]) < 0:
         return f"its script was killed by {signal.Signals(-int(codes[-1])).name}"
     if codes:
@@ -159,10 +160,6 @@ def parse_log(text: str) -> list[dict]:
             record = json.loads(line)
             records.append({key: str(record[key]) for key in ("asctime", "name", "levelname", "message")})
     return records
-
-
-def errors(records: list[dict]) -> list[dict]:
-    return [record for record in records if record["levelname"] in ("ERROR", "CRITICAL")]
 
 
 def first_exception(message: str) -> str | None:
