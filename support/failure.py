@@ -53,14 +53,14 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     return ""
 
 
-def why_lost(run_folder: Path, site: str, events: list[list[str]]) -> str:
+def why_lost(run_folder: Path, site: str, event: list[str]) -> str:
     """Say why a site was left out or lost: what the server refused, or how its script ended, and where its log is."""
     log, see = find_log(run_folder, site)
-    refused = [why for _, _, why in events if why]
+    what, _, refused = event
     if refused:
-        return refused[-1] + see
+        return refused + see
     end = end_of_script(log)
-    if events[0][0] == "was lost" and end in (KILLED, ""):
+    if what == "was lost" and end in (KILLED, ""):
         return f"it no longer answered{see}"
     if not log:
         return "its own log tells why (with --enable_log_streaming, sites send theirs)"
@@ -114,13 +114,10 @@ def read_lost_sites(run_folder: Path) -> dict[str, list[list[str]]]:
     return {}
 
 
-def missing_sites(run_folder: Path) -> dict[str, list[list[str]]]:
-    """Return the sites that are still missing, as read_lost_sites does, and what happened since they came back."""
-    missing = {}
-    for site, events in read_lost_sites(run_folder).items():
-        for event in events:
-            missing[site] = [] if event[0] == "came back" else [*missing.get(site, []), event]
-    return {site: events for site, events in missing.items() if events}
+def missing_sites(run_folder: Path) -> dict[str, list[str]]:
+    """Return what happened to the sites that are still missing: {site: [what, at what stage, why], ...}."""
+    last_events = {site: events[-1] for site, events in read_lost_sites(run_folder).items()}
+    return {site: event for site, event in last_events.items() if event[0] != "came back"}
 
 
 def stop_cond(run_folder: Path) -> tuple[bool, bool]:

@@ -117,10 +117,10 @@ class Rounds(FLComponent):
         self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
 
     def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
-        """Say and keep what happened to a site, unless the same happened last."""
+        """Say and keep that a site is missing, or that it came back, unless it was or did already."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
-        if events and events[-1][0] == what:
+        if events and (events[-1][0] == "came back") == (what == "came back"):
             return
         events.append([what, self.place, why])
         self.say(f"{site}  {self.place}  {what}{why and f': {why}'}")

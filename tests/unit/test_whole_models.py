@@ -130,7 +130,7 @@ def test_bad_model_is_refused_and_one_line_says_why_whatever_a_site_calls_its_te
     line = server.fl_ctx.get_prop(REFUSED)
     assert line == str(refused.value)  # which NVFlare logs
     assert line.startswith(reason) and len(line) < 400 and line.isprintable()
-    assert why_lost(tmp_path, "site-2", [["was left out", "round 1/2", line]]) == line
+    assert why_lost(tmp_path, "site-2", ["was left out", "round 1/2", line]) == line
     assert server.receive(GLOBAL, "site-1") and torch.equal(server.average()["weight"], GLOBAL["weight"])
 
 
