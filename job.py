@@ -28,8 +28,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count = types.within(int, 1, 1_000_000)
     parser = arguments.OneLineParser(prog="job.py", allow_abbrev=False, description=__doc__, epilog=EXPORT_HELP)
     flag = parser.add_argument
-    flag("--n_clients", type=types.within(int, 1, 100), metavar="N", help="sites (default: 2)")
-    flag("--sites", type=types.site_name, nargs="+", metavar="NAME", help="their names (default: site-1 ... site-N)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--n_clients", type=types.within(int, 1, 100), metavar="N", help="sites (default: 2)")
+    either("--sites", type=types.site_name, nargs="+", metavar="NAME", help="their names (default: site-1 ... site-N)")
     flag("--num_rounds", type=count, default=2, metavar="N", help="federated rounds (default: %(default)s)")
     flag("--first_round", type=count, default=1, metavar="N", help="with --initial_ckpt: number of the next round")
     flag("--clients_per_round", type=count, metavar="N", help="sites that a round draws at random (default: all)")

@@ -51,8 +51,6 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> None:
     """Check what flags mean together, and add what follows from them. Raises ValueError on a mistake."""
-    if args.sites and args.n_clients not in (None, len(args.sites)):
-        raise ValueError("--sites gives the number of sites: leave --n_clients out")
     args.sites = args.sites or [f"site-{i + 1}" for i in range(args.n_clients or 2)]
     args.n_clients = len(args.sites)
     args.export = "--export" in sys.orig_argv  # NVFlare 2.9.0 takes it out of sys.argv, and obeys it in execute

@@ -111,6 +111,7 @@ def refusal(flags, capsys, call=job.parse_args, status=2):
             for names in ("a a", "server", "A", "site_1", "a/b", "..", "-", "a-", "a.b", "x" * 64, "")
         ),
         "--sites",
+        "--n_clients 2 --sites a b",
         *(f"--sites a b {flags}" for flags in ("--num_threads 3", "--clients_per_round 3", "--env poc --min_sites 3")),
         *(f"--initial_ckpt good.pt --first_round {value}" for value in ("0", "-1", "1.5", "two", "")),
         "--first_round 2",
