@@ -113,10 +113,9 @@ def script_flags(args: argparse.Namespace, data: dict) -> str:
     Those of data.py come as they were typed. The "flags" that prepare_data returned in `data` come later, and so win.
     Raises ValueError if NVFlare would replace a part of a value.
     """
-    words = ["--sites", *args.sites, *(f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS)]
-    words += args.data_words
-    words += [f"--{name}={value}" for name, value in data.get("flags", {}).items()]
-    words += args.train_args
+    of_training = [f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS]
+    settled = [f"--{name}={value}" for name, value in data.get("flags", {}).items()]
+    words = ["--sites", *args.sites, *of_training, *args.data_words, *settled, *args.train_args]
     if re.search("[{}]", str(words).replace("{site}", "")):
         raise ValueError("a script's flags can't hold braces, but for {site}")  # NVFlare 2.9.0 replaces {name} in them
     return shlex.join(words)
