@@ -34,12 +34,11 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
         JobFailed: a round or an evaluation is missing, which NVFlare 2.9.0's simulator may not report.
     """
     reports, models, lost = read_rounds(folder, args), read_evaluation(folder), read_lost_sites(args.run_folder)
-    final = load_final_model(folder)
+    final_round = load_final_model(folder)["meta_props"]["current_round"] + 1
     has_stop_cond, stopped = stop_cond(args.run_folder)
-    final_round = final["meta_props"]["current_round"] + 1 if final else args.first_round - 1
     # With a stop_cond, the final model is the best one, maybe of an earlier round, and so the reports are counted.
-    rounds = len(reports) if final and has_stop_cond else final_round - args.first_round + 1
-    if rounds < args.num_rounds and not (final and stopped):
+    rounds = len(reports) if has_stop_cond else final_round - args.first_round + 1
+    if rounds < args.num_rounds and not stopped:
         raise JobFailed(f"{rounds} of {args.num_rounds} rounds were completed")
     if args.evaluates:
         sites = {site for reported in reports for site in reported} - set(lost)
@@ -50,9 +49,9 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
     global_models = []
     best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # from 1
     for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the first
-        values = {site: metrics[name] for site, metrics in models.get(model, {}).items() if name in metrics}
+        values = [metrics[name] for metrics in models.get(model, {}).values() if name in metrics]
         if values:
-            global_models.append({"name": model, name: mean(values.values()), "round": round})
+            global_models.append({"name": model, name: mean(values), "round": round})
     better = max if mode == "max" else min
     best = better(global_models, key=lambda model: model[name], default=None)
     files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
@@ -73,12 +72,12 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def load_final_model(folder: Path) -> dict:
-    """Load what NVFlare saved of the final global model, or {} if there is none; no code in it is run."""
+    """Load what NVFlare saved of the final global model; no code in it is run."""
     file = folder / "app_server" / FINAL_MODEL
-    if not file.exists():
-        return {}
     try:
         return torch.load(file, weights_only=True)
+    except FileNotFoundError:
+        raise JobFailed("no round was completed") from None
     except pickle.UnpicklingError:
         raise JobFailed(f"{file.name} holds more than weights, and was not loaded") from None
 
