@@ -72,11 +72,9 @@ def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
     # NVFlare 2.9.0 starts custom/<script's name>. It copies a script to custom/ plus its path below an entry of
     # sys.path: the script's own folder has to be one.
     sys.path.append(str(args.train_script.parent))
-    recipe.add_client_file(str(HERE / "support" / "on_site" / "run_script.py"))
-    for module in MODULES:
+    for module in ["support/on_site/run_script.py", *MODULES]:
         recipe.add_client_file(str(HERE / module))
     # NVFlare 2.9.0 follows imports of modules, but not of packages.
-    beside = [*HERE.glob("*/__init__.py"), *args.train_script.parent.glob("*/__init__.py")]
-    for name, folder in {file.parent.name: str(file.parent) for file in beside}.items():
-        if name != "support":  # NVFlare itself sends those files of it that a job needs
-            recipe._job.add_file_to_clients(folder, dest_dir=name)
+    for file in [*HERE.glob("*/__init__.py"), *args.train_script.parent.glob("*/__init__.py")]:
+        if file.parent.name != "support":  # NVFlare itself sends those files of it that a job needs
+            recipe._job.add_file_to_clients(str(file.parent), dest_dir=file.parent.name)
