@@ -63,8 +63,6 @@ def check_model(weights: dict) -> None:
             (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)  # as NVFlare does it
         except Exception as error:  # of a sparse, lazy, meta or float8 tensor, or of something else than a tensor
             raise OSError(f"{name} in the state_dict of create_model can't be sent: {describe(error)}") from error
-    if "model" in weights:
-        raise OSError("NVFlare can't save a network with a parameter or buffer called model: rename it in model.py")
 
 
 def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
