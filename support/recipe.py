@@ -14,7 +14,6 @@ from support.on_server.whole_models import WholeGlobalModels, WholeLocalModels, 
 from support.on_site.last_word import LastWord
 from support.text import HERE, MODULES, describe
 
-SCRIPT_SILENT_AFTER = 900  # seconds without a heartbeat, after which a client script is given up
 NAME_SLOW_AFTER = 120  # seconds without a task or a result, after which the server names the sites that are at work
 
 
@@ -42,7 +41,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
     executor = job._deploy_map["@ALL"].app_config.executors[0].executor  # of all sites
     # NVFlare 2.9.0 ends a job whose script is silent for 30 s, as in a long C call. No recipe can change that.
-    executor._heartbeat_timeout = SCRIPT_SILENT_AFTER
+    executor._heartbeat_timeout = 900  # seconds
     python = sys.executable if args.env in ("sim", "poc") and not args.export else "python3"
     # In place of NVFlare's own `python3 -u`, in front of the script's path and flags.
     executor._command[:2] = [python, "-u", "custom/support/on_site/run_script.py"]
