@@ -4,11 +4,8 @@ Without them, NVFlare 2.9.0's FedAvg takes the mean of the others if a site leav
 all do. It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
+from nvflare.apis.dxo import DXO, MetaKey, from_shareable
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -38,9 +35,7 @@ class WholeLocalModels(Filter):
             return shareable
         model = from_shareable(shareable)
         wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-        with refusal(fl_ctx):
-            check_weights(model.data if model.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF) else {}, wanted)
-            check_steps(model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND))
+        check_local_model(model, wanted, fl_ctx)
         self.compare_whole_numbers(model.data, wanted)
         model.data = {name: in_float64(value) for name, value in model.data.items()}
         model.update_shareable(shareable)
@@ -82,10 +77,10 @@ class WholeSubmittedModels(Filter):
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         if shareable.get_return_code() == ReturnCode.OK:
-            if not (weights := from_shareable(shareable).data):
+            model = from_shareable(shareable)
+            if not model.data:
                 return make_reply(ReturnCode.TASK_ABORTED)
-            with refusal(fl_ctx):
-                check_weights(weights, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
+            check_local_model(model, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS], fl_ctx)
         return shareable
 
 
@@ -104,11 +99,11 @@ class WholeGlobalModels(PersistorFilter):
         return learnable
 
 
-@contextlib.contextmanager
-def refusal(fl_ctx: FLContext) -> Iterator[None]:
-    """Tell Rounds why a model is refused. NVFlare makes the ValueError a failed result."""
+def check_local_model(model: DXO, wanted: dict, fl_ctx: FLContext) -> None:
+    """Raise ValueError if a local model isn't whole, and tell Rounds why. NVFlare makes it a failed result."""
     try:
-        yield
+        check_weights(model.data, wanted)
+        check_steps(model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND))
     except ValueError as error:
         reason = printable(str(error))
         fl_ctx.set_prop(REFUSED, reason, private=True, sticky=False)
