@@ -24,10 +24,8 @@ def is_printed(logger: str, level: str, message: str) -> bool:
 
 def to_show(logger: str, level: str, message: str) -> str | None:
     """Return what is shown of a record in a job's logs, if anything."""
-    if (is_printed(logger, level, message) and not message.startswith(ENDED)) or logger == ROUNDS:
+    if (logger, level) == (ROUNDS, "INFO") or (is_printed(logger, level, message) and not message.startswith(ENDED)):
         return CONTROLS.sub("", message)
-    if logger == "CrossSiteModelEval" and "Beginning model validation" in message:
-        return "the sites evaluate the models"
     return None
 
 
@@ -35,9 +33,7 @@ class Console(logging.Handler):
     """Writes what is to be shown of a simulation to standard output. NVFlare applies it in each of its processes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logger = record.name.rpartition(".")[2]
-        if record.levelno <= logging.WARNING and logger in (TRAINER, ROUNDS, "CrossSiteModelEval"):
-            text = to_show(logger, record.levelname, record.getMessage())
-            if text is not None:
-                with contextlib.suppress(OSError):  # a closed output: job.py finds that out when it writes its summary
-                    os.write(1, f"{text}\n".encode(errors="surrogateescape"))
+        text = to_show(record.name.rpartition(".")[2], record.levelname, record.getMessage())
+        if text is not None:
+            with contextlib.suppress(OSError):  # a closed output: job.py finds that out when it writes its summary
+                os.write(1, f"{text}\n".encode(errors="surrogateescape"))

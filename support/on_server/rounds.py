@@ -94,6 +94,8 @@ class Rounds(FLComponent):
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
             if self.spare or not self.lost:  # otherwise the job is about to end
                 self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
+        elif event_type == AppEventType.CROSS_VAL_INIT:
+            self.say("the sites evaluate the models")
         elif event_type == EventType.CLIENT_DISCONNECTED:
             site = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
             self.note(site, fl_ctx, "could not take part" if site in self.could_not_take_part else "was lost", "")
