@@ -14,7 +14,7 @@ from support.on_server.whole_models import WholeGlobalModels, WholeLocalModels, 
 from support.on_site.last_word import LastWord
 from support.text import HERE, MODULES, describe
 
-NAME_SLOW_AFTER = 120  # seconds without a task or a result, after which the server names the sites that are at work
+NAME_SLOW_AFTER = 120  # seconds after which the server names a site that is still at work on a task
 
 
 def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:

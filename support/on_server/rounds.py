@@ -42,8 +42,8 @@ class Rounds(FLComponent):
     Args:
         min_sites: how many of the sites must be left for the job to go on.
         spare: whether the job can go on without some site.
-        patience: seconds without a task or a result, after which the sites that are at work are named. They are named
-            again each time that the wait has doubled.
+        patience: seconds after which a site that is still at work on a task is named. It is named again each time that
+            the wait has doubled.
     """
 
     def __init__(self, last_round: int, min_sites: int, spare: bool, seed: int, patience: float):
@@ -53,12 +53,11 @@ class Rounds(FLComponent):
         self.place = "the start"
         self.said = collections.deque(maxlen=1000)
         self.lost = {}  # {site: [[what happened, at what stage, why], ...]}
-        self.at_work = {}  # {site: (what on, since when)}
+        self.at_work = {}  # {site: {"on": what, "since": when, "patience": how long until it is named}}
         self.could_not_take_part = set()
         self.last_answer = {}  # {site: when}
         self.start = time.monotonic()
         self.over = threading.Event()
-        self.hear_news()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         peer = fl_ctx.get_peer_context()
@@ -79,11 +78,9 @@ class Rounds(FLComponent):
             task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
             if task != AppConstants.TASK_TRAIN:
                 self.place = f"the task {task}"
-            self.at_work[site] = (self.place, time.monotonic())
-            self.hear_news()
+            self.at_work[site] = {"on": self.place, "since": time.monotonic(), "patience": self.patience}
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
             self.at_work.pop(site, None)
-            self.hear_news()
             code = fl_ctx.get_prop(FLContextKey.TASK_RESULT).get_return_code()
             if code not in (ReturnCode.OK, ReturnCode.TASK_ABORTED):
                 self.note(site, fl_ctx, "was left out", fl_ctx.get_prop(REFUSED) or "")  # "": its own log says why
@@ -129,9 +126,6 @@ class Rounds(FLComponent):
         run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         Path(run_folder, "lost_sites.json").write_text(json.dumps(self.lost))
 
-    def hear_news(self) -> None:
-        self.last_news, self.silence = time.monotonic(), self.patience
-
     def hear_last_word(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         self.could_not_take_part.add(fl_ctx.get_peer_context().get_identity_name())
         return make_reply(ReturnCode.OK)
@@ -145,10 +139,11 @@ class Rounds(FLComponent):
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 
     def name_slow_sites(self) -> None:
-        if time.monotonic() - self.last_news > self.silence:
-            self.silence *= 2
-            for site, (work, since) in sorted(self.at_work.copy().items()):
-                self.say(f"still waiting for {site}: at work on {work} for {time.monotonic() - since:.0f} s")
+        for site, work in sorted(self.at_work.copy().items()):
+            seconds = time.monotonic() - work["since"]
+            if seconds > work["patience"]:
+                work["patience"] *= 2
+                self.say(f"still waiting for {site}: at work on {work['on']} for {seconds:.0f} s")
 
     def silent_sites(self, engine, fl_ctx: FLContext) -> set[str]:
         """Ask all sites whether they are there, and return those that have not answered for some time."""
