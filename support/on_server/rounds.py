@@ -23,7 +23,7 @@ from support.on_site.last_word import TOPIC
 
 ASK_EVERY = 5  # seconds, which is also how long an answer may take
 SILENT_AFTER = 25  # seconds
-NEVER_THERE_AFTER = 120  # seconds, for a site that has not answered yet
+MORE_AT_FIRST = 95  # seconds that a site may be silent longer, until its first answer
 REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result
 
 
@@ -56,7 +56,6 @@ class Rounds(FLComponent):
         self.at_work = {}  # {site: {"on": what, "since": when, "patience": how long until it is named}}
         self.could_not_take_part = set()
         self.last_answer = {}  # {site: when}
-        self.start = time.monotonic()
         self.over = threading.Event()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -65,8 +64,10 @@ class Rounds(FLComponent):
         if event_type == EventType.START_RUN:
             # To begin, the job waited for all sites. From now on, so many must be left.
             fl_ctx.get_prop(FLContextKey.JOB_META)[JobMetaKey.MIN_CLIENTS.value] = self.min_sites
-            fl_ctx.get_engine().register_aux_message_handler(TOPIC, self.hear_last_word)
-            threading.Thread(target=self.watch, args=(fl_ctx.get_engine(),), daemon=True).start()
+            engine = fl_ctx.get_engine()
+            engine.register_aux_message_handler(TOPIC, self.hear_last_word)
+            self.last_answer = {client.name: time.monotonic() + MORE_AT_FIRST for client in engine.get_clients()}
+            threading.Thread(target=self.watch, args=(engine,), daemon=True).start()
         elif event_type == EventType.END_RUN:
             self.over.set()
         elif event_type == AppEventType.ROUND_STARTED:
@@ -149,12 +150,9 @@ class Rounds(FLComponent):
         """Ask all sites whether they are there, and return those that have not answered for some time."""
         if fl_ctx.get_job_id() == SimulatorConstants.JOB_NAME:
             return set()  # NVFlare's simulator may end a site's process between its tasks
-        sites = [client.name for client in engine.get_clients()]
         topic = ReservedTopic.JOB_HEART_BEAT
+        sites = list(self.last_answer)
         replies = engine.send_aux_request(sites, topic, Shareable(), ASK_EVERY, fl_ctx, optional=True) or {}
         now = time.monotonic()
         self.last_answer |= {site: now for site in replies if replies[site].get_return_code() == ReturnCode.OK}
-        silent = {site for site in self.last_answer if now - self.last_answer[site] > SILENT_AFTER}
-        if now - self.start > NEVER_THERE_AFTER:
-            silent |= set(sites) - self.last_answer.keys()
-        return silent
+        return {site for site in self.last_answer if now - self.last_answer[site] > SILENT_AFTER}
