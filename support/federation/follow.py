@@ -27,12 +27,11 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
     follower = Follower(job_id, args)
     results = None
     while not results and not follower.problem:
-        session = None
         try:
-            session = new_secure_session(user, kit, timeout=LOGIN_TIMEOUT)
-            follower.follow(session)
-            if not follower.problem:
-                results = Path(session.download_job_result(job_id, str(args.run_folder / "server"))) / "workspace"
+            with contextlib.closing(new_secure_session(user, kit, timeout=LOGIN_TIMEOUT)) as session:
+                follower.follow(session)
+                if not follower.problem:
+                    results = Path(session.download_job_result(job_id, str(args.run_folder / "server"))) / "workspace"
         except Exception as error:  # of NVFlare's many kinds
             if status := follower.status:
                 raise OSError(f"job {job_id} ended as {status}, but its results can't be fetched ({error})") from error
@@ -41,10 +40,6 @@ def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace)
                     f"no connection to the federation ({error}): {kit}; job {job_id} may go on"
                 ) from error
             time.sleep(2)
-        finally:
-            if session:
-                with contextlib.suppress(Exception):  # the server may be away
-                    session.close()
     if follower.problem:
         raise ConnectionError(follower.problem)
     logs = log_files(args.run_folder, "server")  # they may hold lines that came after the last look
