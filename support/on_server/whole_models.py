@@ -92,10 +92,9 @@ class WholeGlobalModels(PersistorFilter):
         self.min_models = min_models
 
     def process_pre_save(self, learnable: ModelLearnable, fl_ctx: FLContext) -> ModelLearnable:
-        meta = learnable[ModelLearnableKey.META]
-        if meta["nr_aggregated"] < self.min_models:
-            what = f"of {meta['nr_aggregated']} of {self.min_models} sites, and was not saved"
-            raise ValueError(f"the global model of round {meta['current_round'] + 1} is {what}")
+        models = learnable[ModelLearnableKey.META]["nr_aggregated"]
+        if models < self.min_models:
+            raise ValueError(f"the mean of {models} local models was not saved: a round needs {self.min_models}")
         return learnable
 
 
