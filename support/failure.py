@@ -26,7 +26,9 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
     if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
         return of_server
-    for record in (record for record in server_log if record["levelname"] == "ERROR"):
+    for record in server_log:
+        if record["levelname"] != "ERROR":
+            continue
         raised = first_exception(record["message"])
         if record["name"] == "SimulatorRunner":  # what it refuses, such as a GPU that isn't there
             raised = raised or one_line(record["message"])
