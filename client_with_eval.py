@@ -11,7 +11,7 @@ from nvflare.client.tracking import SummaryWriter  # (2) in place of torch.utils
 from data import add_data_flags, load_data, make_loader
 from model import compute_metrics, create_model, criterion
 
-LOCAL_MODEL = Path("local_model.pt")  # on disk, since NVFlare may start a new process for each task
+LOCAL_MODEL = Path("local_model.pt")  # in the site's own folder: each task may have a new process
 
 
 def parse_args() -> argparse.Namespace:

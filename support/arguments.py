@@ -75,7 +75,7 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
-    """Return each mistake that can be made with flags: whether it was made, and the message."""
+    """Return, for each mistake that flags allow, whether it was made, and its message."""
     run_folder, n_clients = args.run_folder, args.n_clients
     simulated = args.env == "sim" and not args.export
     on_sites = args.env == "prod" or args.export
@@ -108,9 +108,9 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
 
 
 def script_flags(args: argparse.Namespace, data: dict) -> str:
-    """Return the flags of a client script: --epochs and so on, --sites, those of data.py, and --train_args.
+    """Return a client script's flags: --sites, --epochs and so on, data.py's as they were typed, and --train_args.
 
-    Those of data.py come as they were typed. The "flags" that prepare_data returned in `data` come later, and so win.
+    The "flags" that prepare_data returned in `data` come after the typed ones: of two, the last wins.
     Raises ValueError if NVFlare would replace a part of a value.
     """
     of_training = [f"--{name}={getattr(args, name)}" for name in TRAIN_FLAGS]

@@ -24,7 +24,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
     lost = missing_sites(args.run_folder)
     if len(lost) > args.n_clients - args.min_sites:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
-    if re.search(r"return code (-|2[2-5]\d)", str(error)):  # the simulator's, or its server's: -9, or 256 - 9
+    if re.search(r"return code (-|2[2-5]\d)", str(error)):  # killed by a signal: -9, or 247 for the same
         return of_server
     for record in server_log:
         if record["levelname"] != "ERROR":
@@ -42,8 +42,8 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     lost = missing_sites(args.run_folder)  # the job went on without them
     # In prod, a site's name may be in no flag.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
-    # NVFlare 2.9.0 itself kills the scripts of a job that failed and, with few --num_threads, each that has no thread
-    # at the end. In prod, the end of a log may be missing. So there, a killed script isn't the reason.
+    # NVFlare 2.9.0 itself kills the scripts of a job that failed and, with fewer --num_threads than sites, idle ones at
+    # the end. In prod, the end of a log may be missing. In these cases, a killed script says nothing.
     kill_says_nothing = job_failed or args.num_threads < args.n_clients or args.env == "prod"
     for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
@@ -58,9 +58,9 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
 def why_lost(run_folder: Path, site: str, event: list[str]) -> str:
     """Say why a site was left out or lost: what the server refused, or how its script ended, and where its log is."""
     log, see = find_log(run_folder, site)
-    what, _, refused = event
-    if refused:
-        return refused + see
+    what, _, why = event
+    if why:
+        return why + see
     end = end_of_script(log)
     if what == "was lost" and end in (KILLED, ""):
         return f"it no longer answered{see}"
@@ -123,7 +123,7 @@ def missing_sites(run_folder: Path) -> dict[str, list[str]]:
 
 
 def stop_cond(run_folder: Path) -> tuple[bool, bool]:
-    """Tell whether FedAvg had a stop_cond, and whether that ended the job before its last round.
+    """Tell whether FedAvg had a stop_cond (in a job.py that was changed), and whether that ended the job early.
 
     With one, FedAvg logs each round's mean, and saves only the best model so far.
     """

@@ -20,7 +20,7 @@ NAME_SLOW_AFTER = 120  # seconds after which the server names a site that is sti
 def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     """Send the script's modules. Let the server report rounds, refuse bad models and go on without lost sites."""
     check_model(create_model(args.seed).state_dict())  # the server will call create_model
-    send_along(recipe, args)  # comes first: with the first file, NVFlare 2.9.0 makes the executor that is changed below
+    send_along(recipe, args)  # comes first: adding a file makes NVFlare 2.9.0 create the executor that is changed below
     spare = args.n_clients - args.min_sites  # so many sites a round may lack
     job = recipe._job  # private, but NVFlare 2.9.0's own recipe.utils use it, too
     job.job.min_clients = args.n_clients  # the job begins with all sites
@@ -29,7 +29,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     fedavg.start_round = args.first_round - 1
     fedavg._ignore_result_error = spare > 0  # go on without the result of a site that failed or was refused
     last_round = args.first_round - 1 + args.num_rounds
-    job.to_server(Rounds(last_round, args.min_sites, spare > 0, args.seed, NAME_SLOW_AFTER))
+    job.to_server(Rounds(last_round, args.min_sites, args.seed, NAME_SLOW_AFTER))
     # A round draws clients_per_round sites, and `spare` of these may be missing.
     job.to_server(WholeGlobalModels(args.clients_per_round - spare), id="whole_global_models")
     server_app.components["persistor"].filter_id = "whole_global_models"
@@ -56,7 +56,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def check_model(weights: dict) -> None:
-    """See that a network's state_dict holds what can be sent and averaged; raise OSError if it doesn't."""
+    """See that NVFlare can send what a network's state_dict holds; raise OSError if it can't."""
     for name, value in weights.items():
         try:
             (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)  # as NVFlare does it

@@ -47,7 +47,7 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
     name, mode = KEY_METRIC
     global_models = []
-    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # from 1
+    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # from 0: so many made it
     for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the first
         values = [metrics[name] for metrics in models.get(model, {}).values() if name in metrics]
         if values:

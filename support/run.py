@@ -1,6 +1,6 @@
 """What guards a run?
 
-- One run at a time in a workspace. Earlier results get another name, and nothing is ever deleted.
+- One run at a time in a workspace. Earlier results get another name, and none is ever deleted.
 - Whatever fails ends in one line.
 - However job.py ends, short of SIGKILL and SIGQUIT, no process of the run is left behind.
 """
@@ -96,7 +96,7 @@ def make_room(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def only_run(run_folder: Path) -> Iterator[None]:
-    """Be the only run in a folder, and leave none of its processes behind.
+    """Be the only run in a workspace, and leave none of its processes behind.
 
     Raises:
         OSError: the workspace can't be written, another job.py or processes of a killed one run there, or something

@@ -138,7 +138,7 @@ def print_summary(report: dict) -> None:
     elif settings["evaluates"]:
         print(f"WARNING: no site reported {name} as a finite number, and so no model is called the best.")
     print(f"\nTensorBoard:\n  {report['tensorboard_command']}")
-    if settings["train_script"] == HERE / "client.py" and not settings["initial_ckpt"]:  # a run may have renamed it
+    if settings["train_script"] == HERE / "client.py" and not settings["initial_ckpt"]:  # a run may rename its folder
         command = f"{settings['command']} --train_script client_with_eval.py"
         print(f"\nHow good is the model? Train again, and test it:\n  {command}")
 

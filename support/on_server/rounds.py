@@ -23,7 +23,7 @@ from support.on_site.last_word import TOPIC
 
 ASK_EVERY = 5  # seconds, which is also how long an answer may take
 SILENT_AFTER = 25  # seconds
-MORE_AT_FIRST = 95  # seconds that a site may be silent longer, until its first answer
+MORE_AT_FIRST = 95  # more seconds that a site has for its first answer
 REFUSED = "hello_pt_refused"  # a key: why whole_models.py refused a result
 
 
@@ -41,14 +41,13 @@ class Rounds(FLComponent):
 
     Args:
         min_sites: how many of the sites must be left for the job to go on.
-        spare: whether the job can go on without some site.
         patience: seconds after which a site that is still at work on a task is named. It is named again each time that
             the wait has doubled.
     """
 
-    def __init__(self, last_round: int, min_sites: int, spare: bool, seed: int, patience: float):
+    def __init__(self, last_round: int, min_sites: int, seed: int, patience: float):
         super().__init__()
-        self.last_round, self.min_sites, self.spare, self.seed = last_round, min_sites, spare, seed
+        self.last_round, self.min_sites, self.seed = last_round, min_sites, seed
         self.patience = patience
         self.place = "the start"
         self.said = collections.deque(maxlen=1000)
@@ -90,8 +89,7 @@ class Rounds(FLComponent):
                 self.report(site, fl_ctx)
         elif event_type == AppEventType.AFTER_AGGREGATION:
             models = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).meta["nr_aggregated"]
-            if self.spare or not self.lost:  # otherwise the job is about to end
-                self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
+            self.say(f"{self.place}  averaged {models} local model{'s' if models != 1 else ''}")
         elif event_type == AppEventType.CROSS_VAL_INIT:
             self.say("the sites evaluate the models")
         elif event_type == EventType.CLIENT_DISCONNECTED:
@@ -117,7 +115,7 @@ class Rounds(FLComponent):
         self.say(f"{site}  {self.place}  reports {printable(', '.join(texts)) or 'no metrics'}")
 
     def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
-        """Say and keep that a site is missing, or that it came back, unless it was or did already."""
+        """Say and keep that a site is missing or back, unless its last event says so already."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
         if events and (events[-1][0] == "came back") == (what == "came back"):
@@ -136,7 +134,7 @@ class Rounds(FLComponent):
             self.name_slow_sites()
             with engine.new_context() as fl_ctx:
                 for site in self.could_not_take_part | self.silent_sites(engine, fl_ctx):
-                    # Each time, since only the workflow that is running hears it, and each new one must be told.
+                    # Each time: only the workflow that is running hears it, and the next one must be told, too.
                     fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
 
     def name_slow_sites(self) -> None:

@@ -1,7 +1,7 @@
 """Which models count? Filters refuse what would spoil the mean, let NVFlare add up in float64, and keep tensors' types.
 
-Without them, NVFlare 2.9.0's FedAvg takes the mean of the others if a site leaves out a tensor, and the old values if
-all do. It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
+Without them, NVFlare 2.9.0's FedAvg averages a tensor over the sites that sent it, and keeps the old values if none
+did. It counts a number of steps that isn't positive as 1. And it saves a mean of the few sites that answered.
 """
 
 import torch
@@ -22,13 +22,13 @@ class WholeLocalModels(Filter):
     """Refuse a local model that would spoil the global one. Hand on the others in float64.
 
     NVFlare 2.9.0 adds local models up in the order of arrival and in their own type. With three sites, two equal runs
-    would differ in the last bits, and float16 would overflow. What the order changes in float64 is gone when the
-    mean is rounded to float32. The mean gets the types of the global model again.
+    would differ in the last bits, and float16 would overflow. What the order changes in float64 is all but always gone
+    when the mean is rounded to float32. The mean gets the types of the global model again.
     """
 
     def __init__(self):
         super().__init__()
-        self.whole_numbers = {}  # {name: (the first site's, a mask of where all agree)}
+        self.integers = {}  # {name: (the first site's, a mask of where all agree)}
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         if shareable.get_return_code() != ReturnCode.OK:
@@ -36,7 +36,7 @@ class WholeLocalModels(Filter):
         model = from_shareable(shareable)
         wanted = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
         check_local_model(model, wanted, fl_ctx)
-        self.compare_whole_numbers(model.data, wanted)
+        self.compare_integers(model.data, wanted)
         model.data = {name: in_float64(value) for name, value in model.data.items()}
         model.update_shareable(shareable)
         # NVFlare 2.9.0 believes the name that a script puts into meta.
@@ -45,20 +45,20 @@ class WholeLocalModels(Filter):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == AppEventType.ROUND_STARTED:
-            self.whole_numbers = {}
+            self.integers = {}
         elif event_type == AppEventType.AFTER_AGGREGATION:
             means = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).params
             weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
             for name in means:
                 means[name] = self.in_type_of(weights[name], means[name], name)
 
-    def compare_whole_numbers(self, weights: dict, wanted: dict) -> None:
+    def compare_integers(self, weights: dict, wanted: dict) -> None:
         """Keep the integers and booleans on which all sites agree: float64 is exact only up to 2**53."""
         for name, value in wanted.items():
             if not torch.as_tensor(value).is_floating_point():
                 local = torch.as_tensor(weights[name])
-                first, same = self.whole_numbers.get(name, (local, torch.ones_like(local, dtype=torch.bool)))
-                self.whole_numbers[name] = first, same & (first == local)
+                first, same = self.integers.get(name, (local, torch.ones_like(local, dtype=torch.bool)))
+                self.integers[name] = first, same & (first == local)
 
     def in_type_of(self, wanted, mean, name: str):
         """Return a mean in the type of a tensor or array: integers rounded, or as they were where all sites agree."""
@@ -66,7 +66,7 @@ class WholeLocalModels(Filter):
         if dtype.is_floating_point or dtype.is_complex:
             tensor = tensor.to(dtype)
         else:
-            first, same = self.whole_numbers[name]
+            first, same = self.integers[name]
             first = first.round() if first.is_floating_point() else first
             tensor = torch.where(same, first.to(dtype), tensor.round().to(dtype))
         return tensor if isinstance(wanted, torch.Tensor) else tensor.numpy()
@@ -79,7 +79,7 @@ class WholeSubmittedModels(Filter):
         if shareable.get_return_code() == ReturnCode.OK:
             model = from_shareable(shareable)
             if not model.data:
-                return make_reply(ReturnCode.TASK_ABORTED)
+                return make_reply(ReturnCode.TASK_ABORTED)  # which Rounds doesn't note
             check_local_model(model, fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS], fl_ctx)
         return shareable
 

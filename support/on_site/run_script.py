@@ -19,7 +19,7 @@ import os, sys, time
 group, seconds = map(int, sys.argv[1:])
 for _ in range(seconds):
     time.sleep(1)
-    os.killpg(group, 0)  # fails if the group has ended, or if there was none, and so ends this
+    os.killpg(group, 0)  # fails, and so ends this, when the group has ended
 os.killpg(group, 9)
 """
 MOST_RECEIVED = 10  # times that a script may receive one task
