@@ -1,6 +1,5 @@
 """Run a client script, and print how it ended as the last line: python run_script.py SCRIPT [FLAG ...]"""
 
-import collections
 import contextlib
 import os
 import re
@@ -52,10 +51,11 @@ def main() -> None:
 def end_group_within(seconds: int) -> None:
     """Kill what is left of this process and of those that the script started, after some seconds.
 
-    NVFlare 2.9.0 waits for them without end, and a thread, an atexit function or a child may never end.
+    NVFlare 2.9.0 makes this process the leader of their group, and waits for the whole group without end. A thread, an
+    atexit function or a child may never end.
     """
     nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    watch = [sys.executable, "-I", "-c", WATCH, str(os.getpid()), str(seconds)]  # NVFlare makes it lead a group
+    watch = [sys.executable, "-I", "-c", WATCH, str(os.getpid()), str(seconds)]
     subprocess.Popen(watch, start_new_session=True, **nowhere)
 
 
@@ -65,17 +65,20 @@ def watch_calls() -> None:
     NVFlare gives a script the same task until it is answered.
     """
     receive, send = flare.receive, flare.send  # of flare.api, where some scripts take them from
-    received = collections.Counter()  # since the latest answer
+    unanswered = 0  # times that a task was received since the latest answer
 
     def receive_some_times(*args, **kwargs):
+        nonlocal unanswered
         task = receive(*args, **kwargs)
-        received[id(task)] += task is not None  # None: the script's own timeout passed without a task
-        if received[id(task)] > MOST_RECEIVED:
+        if task is not None:  # None: the script's own timeout passed
+            unanswered += 1
+        if unanswered > MOST_RECEIVED:
             sys.exit(f"it received a task {MOST_RECEIVED} times without an answer: is flare.send missing?")
         return task
 
     def send_plain(model, *args, **kwargs):
-        received.clear()
+        nonlocal unanswered
+        unanswered = 0
         send(in_plain_types(model), *args, **kwargs)
 
     flare.receive = flare.api.receive = receive_some_times
