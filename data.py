@@ -1,6 +1,6 @@
 """What a site trains on. To use data of your own, replace the four functions that job.py and the clients call.
 
-A run calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
+job.py calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def prepare_data(args: argparse.Namespace) -> dict:
     """Get the images ready before any client wants them, and decide what "auto" is.
 
     Returns {"name": in words, "flags": values that replace the sites' flags, "warning": "" if all is well}.
-    Raises ValueError if the flags can't be right, and DataError if CIFAR-10 can't be had.
+    Raises ValueError if the flags can't be right, and DataError if --dataset cifar10 can't be had.
     """
     for name, most in (("train_size", 50_000), ("test_size", 10_000)):
         if (size := vars(args)[name]) is not None and not 1 <= size <= most:

@@ -29,8 +29,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line with the flags of data.py, too; on a mistake, exit with status 2 and one line.
 
-    Adds the command, the sites' names and number, the words that are for data.py, whether the script evaluates and the
-    job is exported, the run's folder, and the name that an earlier run's folder will get.
+    Adds command, data_words, export, evaluates, run_folder, and earlier_run: the name that an earlier run's folder will
+    get. Completes sites, n_clients and other flags.
     """
     words = sys.argv[1:] if argv is None else argv
     of_job = copy.deepcopy(parser)  # knows job.py's flags alone: what it leaves over goes to the client script

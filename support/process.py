@@ -58,7 +58,7 @@ def ended_by_signals() -> Iterator[None]:
         signal.alarm(1)  # raise it each second until it gets through: Python drops it in a callback of os.fork, say
         raise stopped
 
-    if threading.current_thread() is threading.main_thread():  # where Python handles signals; what is ignored stays so
+    if threading.current_thread() is threading.main_thread():  # where Python handles signals; ignored ones stay so
         handled = [number for number in SIGNALS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
     for number in handled:
         signal.signal(number, stop)

@@ -37,11 +37,11 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     job.to_clients(LastWord())
     recipe.add_server_input_filter(WholeLocalModels(), tasks=["train"])
     recipe.add_server_input_filter(WholeSubmittedModels(), tasks=["submit_model"])
-    # A site is dead as soon as it is reported as dead. NVFlare 2.9.0 waits 60 s after the report, and 30 s after the
-    # start of each later round.
+    # A site counts as dead as soon as it is reported as dead. By default, NVFlare 2.9.0 waits 60 s after the report,
+    # and 30 s after the start of each later round.
     recipe.add_server_config({"dead_client_grace_period": 0, "dead_client_check_lead_time": 0})
     executor = job._deploy_map["@ALL"].app_config.executors[0].executor  # of all sites
-    # NVFlare 2.9.0 ends a job whose script is silent for 30 s, as in a long C call. No recipe can change that.
+    # NVFlare 2.9.0 ends a job whose script is silent for 30 s, as in a long C call. No recipe has an argument for that.
     executor._heartbeat_timeout = 900  # seconds
     python = sys.executable if args.env in ("sim", "poc") and not args.export else "python3"
     # In place of NVFlare's own `python3 -u`, in front of the script's path and flags.

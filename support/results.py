@@ -47,13 +47,13 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
     name, mode = KEY_METRIC
     global_models = []
-    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # from 0: so many made it
-    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):  # of equals, the first
+    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # the one that tested it
+    for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):
         values = [metrics[name] for metrics in models.get(model, {}).values() if name in metrics]
         if values:
             global_models.append({"name": model, name: mean(values), "round": round})
     better = max if mode == "max" else min
-    best = better(global_models, key=lambda model: model[name], default=None)
+    best = better(global_models, key=lambda model: model[name], default=None)  # of equals, the final one
     files = [folder / "app_server" / name for name in (FINAL_MODEL, BEST_MODEL)]
     return {
         "completed": rounds,

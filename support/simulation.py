@@ -57,7 +57,7 @@ class SimEnv(nvflare.recipe.SimEnv):
         return str(self.run_folder / "server" / "simulate_job")
 
     def watch(self, over: threading.Event) -> None:
-        """End a run if a site's process died, or some seconds after it failed.
+        """End a run when a site's process died, or some seconds after a site failed.
 
         NVFlare 2.9.0 waits forever for a site whose process died. When a run fails, it waits a minute
         (shutdown_timeout) for scripts that are still training.

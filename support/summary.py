@@ -100,7 +100,7 @@ def sum_up(args: argparse.Namespace, data: dict, results: dict) -> None:
 
 
 def print_summary(report: dict) -> None:
-    """Print the data, the metrics of all rounds and sites, and where the models and the curves are."""
+    """Print the data, the sites' metrics by round, and where the models and the curves are."""
     settings, models = report["settings"], report["models"]
     rows = {f"round {settings['first_round'] + i}": metrics for i, metrics in enumerate(report["rounds"])}
     if FINAL_MODEL in models:

@@ -23,7 +23,7 @@ def one_line(text: str, most: int = 300) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception in one line: type, text, place; of ours, which are OSErrors without errno, the text alone."""
+    """Return an exception in one line: type, text, place. Of our own, OSErrors without errno, return the text alone."""
     ours = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, TimeoutError, URLError))
     text = str(error) if ours and error.errno is None else ""
     return one_line(text or in_one_line(error), most=1_000)

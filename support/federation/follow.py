@@ -127,8 +127,9 @@ class Follower:
         """Show what is new in logs, in its order in time."""
         for record in sorted(records, key=lambda record: record["asctime"]):
             message = to_show(record["name"], record["levelname"], record["message"])
-            if message is not None:  # a script may print the same again
-                self.show_once(message, when=record["asctime"] if record["name"] == TRAINER else "")
+            if message is not None:
+                when = record["asctime"] if record["name"] == TRAINER else ""  # a script may print the same again
+                self.show_once(message, when)
 
     def show_once(self, text: str, when: str = "") -> None:
         if (text, when) not in self.shown:

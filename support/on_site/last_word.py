@@ -18,8 +18,8 @@ class LastWord(FLComponent):
     server.
 
     If the site's process for this job ends with a failure, NVFlare ends the job, and doesn't say which site failed.
-    NVFlare's client reads the process's exit code from a file. START_RUN puts 0 there, and rounds.py decides whether
-    the job goes on.
+    NVFlare's client reads the process's exit code from a file. This puts 0 there, and rounds.py decides whether the
+    job goes on.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

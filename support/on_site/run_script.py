@@ -64,7 +64,7 @@ def watch_calls() -> None:
 
     NVFlare gives a script the same task until it is answered.
     """
-    receive, send = flare.receive, flare.send  # of flare.api, where some scripts take them from
+    receive, send = flare.receive, flare.send
     unanswered = 0  # times that a task was received since the latest answer
 
     def receive_some_times(*args, **kwargs):
@@ -81,7 +81,7 @@ def watch_calls() -> None:
         unanswered = 0
         send(in_plain_types(model), *args, **kwargs)
 
-    flare.receive = flare.api.receive = receive_some_times
+    flare.receive = flare.api.receive = receive_some_times  # some scripts import them from flare.api
     flare.send = flare.api.send = send_plain
 
 
