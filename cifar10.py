@@ -111,7 +111,7 @@ def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[Images
 
 
 def draw_images(patterns: torch.Tensor, count: int, seed: int) -> Images:
-    """Draw images, each its class's pattern (of ten: float32, (10, 3, 32, 32)), shifted, faint or strong, under noise."""
+    """Draw images: one of the patterns, float32 (10, 3, 32, 32), shifted, faint or strong, under noise."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)

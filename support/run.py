@@ -40,8 +40,9 @@ class Run:
         if self.args.export:
             return
         self.stack.enter_context(only_run(self.args.run_folder))
-        self.data = show_data(self.args, data)
+        shown = show_data(self.args, data)
         make_room(self.args)
+        self.data = shown  # from now on, a model in the run's folder is this run's
         # Sites that train here share the cores. Otherwise each takes all, and they slow each other down.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // self.args.num_threads)))
 
