@@ -13,7 +13,7 @@ class SiteNames(FLComponent):
 
     NVFlare 2.9.0's simulator starts each site from a thread, which writes the name into `build_ctx` and sends that to
     the new process. All threads share it. If one writes while another is about to send, two processes get the same
-    name, and the run waits without end for the other site. That happens once in several hundred runs.
+    name, and the run waits without end for the other site. That happened in about one of 200 runs.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
