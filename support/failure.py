@@ -98,7 +98,10 @@ def dead_process(run_folder: Path) -> str:
         r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception|"
         r"ClientTaskWorker - ERROR - ClientTaskWorker run error(?=: RuntimeError)): (.*)"
     )
-    logs = {log.parent.name: log.read_text(errors="replace") for log in run_folder.glob("*/error_log.txt")}
+    logs = {}
+    for log in run_folder.glob("*/error_log.txt"):
+        with contextlib.suppress(OSError):  # NVFlare renames a log that has grown long
+            logs[log.parent.name] = log.read_text(errors="replace")
     dead = re.findall(died, logs.get("server", ""))[:1]
     for site in dead or logs:
         found = re.search(raised, logs.get(site, ""))
