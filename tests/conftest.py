@@ -270,3 +270,23 @@ def wait_for(file: Path, indent: int) -> str:
     lines = ["import os, time", "deadline = time.monotonic() + 900"]
     lines += [f"while not os.path.exists({str(file)!r}) and time.monotonic() < deadline:", "    time.sleep(0.1)"]
     return f"\n{' ' * indent}".join(lines)
+
+
+def slowed(folder: Path, function: str, caller: str, seconds: float) -> str:
+    """Write what makes each process wait whenever a caller of this name calls a function; return its PYTHONPATH.
+
+    Args:
+        function: of a module, such as "time.time".
+    """
+    (folder / "python").mkdir()
+    (folder / "python" / "sitecustomize.py").write_text(  # which Python imports at the start of each process
+        f"import {function.partition('.')[0]}, sys\n"
+        "from time import sleep\n"
+        f"fast = {function}\n"
+        "def slow(*args):\n"
+        f"    if sys._getframe(1).f_code.co_name == {caller!r}:\n"
+        f"        sleep({seconds})\n"
+        "    return fast(*args)\n"
+        f"{function} = slow\n"
+    )
+    return str(folder / "python")

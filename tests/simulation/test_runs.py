@@ -18,6 +18,7 @@ from conftest import (
     finish,
     run_job,
     running,
+    slowed,
     start_job,
     succeed,
     wait_for,
@@ -68,18 +69,8 @@ def test_next_runs_keep_what_earlier_ones_left_the_failed_ones_too(workspace):
 
 
 def test_sites_that_start_at_the_same_moment_keep_their_names(workspace):
-    python = workspace.parent / "python"
-    python.mkdir()
-    (python / "sitecustomize.py").write_text(  # which Python imports at the start of each process
-        "import copy, sys, time\n"
-        "deepcopy = copy.deepcopy\n"
-        "def slow(*args):\n"
-        "    if sys._getframe(1).f_code.co_name == 'do_one_task':  # between NVFlare's naming and sending\n"
-        "        time.sleep(2)\n"
-        "    return deepcopy(*args)\n"
-        "copy.deepcopy = slow\n"
-    )
-    run = succeed(workspace, *SMALL, "--n_clients", "3", PYTHONPATH=str(python))
+    python = slowed(workspace.parent, "copy.deepcopy", "do_one_task", 2)  # between NVFlare's naming and sending
+    run = succeed(workspace, *SMALL, "--n_clients", "3", PYTHONPATH=python)
     sites = {"site-1", "site-2", "site-3"}
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == sites
     for site in sites:
