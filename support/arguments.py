@@ -1,7 +1,6 @@
 """Is the command line right? Whatever is wrong with it is said in one line, before anything is made."""
 
 import argparse
-import copy
 import os
 import re
 import shlex
@@ -29,20 +28,24 @@ class OneLineParser(argparse.ArgumentParser):
 def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line with the flags of data.py, too; on a mistake, exit with status 2 and one line.
 
-    Adds command, data_words, export, evaluates, run_folder, and earlier_run: the name that an earlier run's folder will
-    get. Completes sites, n_clients and other flags.
+    Completes sites, n_clients and other flags. Adds:
+        command: the command line, as one would type it again.
+        data_words: the words of it that are data.py's flags, for the client script.
+        export: whether --export was given.
+        evaluates: whether the client script evaluates models.
+        run_folder: WORKSPACE/hello-pt.
+        earlier_run: the folder that an earlier run's run_folder becomes.
     """
     words = sys.argv[1:] if argv is None else argv
-    of_job = copy.deepcopy(parser)  # knows job.py's flags alone: what it leaves over goes to the client script
-    for action in of_job._actions:  # argparse has no public list of them
-        action.type = None  # each value is checked once, by parser
     try:
+        # So far, parser knows job.py's own flags alone, and --help would show no others.
+        _, data_words = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
         add_data_flags(parser)
         args = parser.parse_args(words)
         if taken := {"command", "data_words", "export", "evaluates", "run_folder", "earlier_run"} & vars(args).keys():
             raise ValueError(f"{taken.pop()} can't be a flag of data.py: rename it in add_data_flags")
+        args.data_words = data_words
         args.command = shlex.join(["python", "job.py", *words])
-        _, args.data_words = of_job.parse_known_args(words)
         complete(args)
     except Exception as error:  # one of ours, or one that a faulty data.py raised
         parser.error(str(error) if isinstance(error, ValueError) else describe(error))
@@ -68,7 +71,7 @@ def complete(args: argparse.Namespace) -> None:
     moment = args.run_folder.lstat().st_mtime if args.run_folder.exists() else time.time()
     args.earlier_run = args.workspace / time.strftime(f"{JOB_NAME}-%Y-%m-%d-%H%M%S", time.localtime(moment))
     if args.initial_ckpt:
-        if args.run_folder in args.initial_ckpt.parents and not args.export:  # the run will rename that folder
+        if args.run_folder in args.initial_ckpt.parents and not args.export:  # which the run will rename by then
             args.initial_ckpt = args.earlier_run / args.initial_ckpt.relative_to(args.run_folder)
         # NVFlare 2.9.0 sends a checkpoint along only if its path is relative. A run works in HERE.
         args.initial_ckpt = os.path.relpath(args.initial_ckpt, os.getcwd() if args.export else HERE)
