@@ -101,7 +101,7 @@ def download_and_decode(root: Path) -> dict[str, list[torch.Tensor]]:
     }
 
 
-@functools.cache
+@functools.cache  # job.py's table asks for each site
 def synthetic_images(train_size: int, test_size: int, seed: int) -> tuple[Images, Images]:
     """Return training and test images of CIFAR-10's shapes and ten classes. draw_images says what they look like."""
     generator = torch.Generator().manual_seed(seed)

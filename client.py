@@ -39,7 +39,7 @@ def train(model, train_loader, epochs, lr, device, writer, first_step, place):
             loss = criterion(model(inputs), labels)
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach())  # no .item() here: it would wait for the GPU
             if len(losses) % log_interval == 0:
                 recent = torch.stack(losses[-log_interval:]).mean().item()
                 writer.add_scalar("train_loss", recent, global_step=first_step + len(losses))

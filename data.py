@@ -31,7 +31,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def prepare_data(args: argparse.Namespace) -> dict:
     """Get the images ready before any client wants them, and decide what "auto" is.
 
-    Returns {"name": in words, "flags": values that replace the sites' flags, "warning": "" if all is well}.
+    Returns {"name": what a person reads, "flags": values that replace the sites' flags, "warning": "" if all is well}.
     Raises ValueError if the flags can't be right, and DataError if --dataset cifar10 can't be had.
     """
     for name, most in (("train_size", 50_000), ("test_size", 10_000)):
@@ -56,9 +56,9 @@ def prepare_data(args: argparse.Namespace) -> dict:
             if args.dataset != "auto":
                 raise
             dataset, warning = "synthetic", f"training on SYNTHETIC images. {error}"
-    split = {"same": "", "iid": " (iid split)", "dirichlet": f" (dirichlet split of alpha {args.alpha or ALPHA})"}
+    shares = {"same": "", "iid": " (iid split)", "dirichlet": f" (dirichlet split of alpha {args.alpha or ALPHA})"}
     flags = {"dataset": dataset, "data_root": data_root}
-    return {"name": dataset + split[args.split], "flags": flags, "warning": warning}
+    return {"name": dataset + shares[args.split], "flags": flags, "warning": warning}
 
 
 def load_data(args: argparse.Namespace, site: str) -> tuple[Dataset, Dataset]:
@@ -131,7 +131,7 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle_by: tuple | None = No
     augmentation use, too: equal values give equal training.
     """
     if shuffle_by:
-        torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))
+        torch.manual_seed(zlib.crc32(" ".join(map(str, shuffle_by)).encode()))  # hash() differs in each process
     return DataLoader(dataset, batch_size, shuffle=bool(shuffle_by), collate_fn=collate)
 
 

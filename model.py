@@ -34,7 +34,7 @@ class SimpleNetwork(nn.Module):
 def create_model(seed: int = 0) -> nn.Module:
     """Return the network that the federation learns. Its initial weights come from the seed.
 
-    A job holds this function's name and job.py's seed. The server calls it, for the first global model.
+    A job names this function, and the server calls it with job.py's --seed, for the first global model.
     """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator (of the CPU) as it was
         torch.manual_seed(seed)

@@ -33,7 +33,7 @@ class Console(logging.Handler):
     """Writes what is to be shown of a simulation to standard output. NVFlare applies it in each of its processes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logger = record.name.rpartition(".")[2]
+        logger = record.name.rpartition(".")[2]  # all that log.json has of it
         text = to_show(logger, record.levelname, record.getMessage()) if logger in (TRAINER, ROUNDS) else None
         if text is not None:
             with contextlib.suppress(OSError):  # a closed output: job.py finds that out when it writes its summary

@@ -16,7 +16,11 @@ NOT_READY = "no attribute 'get_widget'"  # NVFlare 2.9.0's server, asked by show
 
 
 def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
-    """Say which sites failed, or that the server did, why, and where the log is."""
+    """Say which sites failed, or that the server did, why, and where the log is.
+
+    The surest evidence comes first: a dead process of a simulation, the sites that the server noted as lost, a signal
+    that killed the server, what the server refused or raised, how a script ended, and then NVFlare's own error.
+    """
     if dead := dead_process(args.run_folder):
         return dead
     server_log, see_server = find_log(args.run_folder)
@@ -24,7 +28,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
     lost = missing_sites(args.run_folder)
     if len(lost) > args.n_clients - args.min_sites:
         return "; ".join(f"{site} failed: {why_lost(args.run_folder, site, lost[site])}" for site in lost)
-    if re.search(r"return code (-|2[2-5]\d)", str(error)):  # killed by a signal: -9, or 247 for the same
+    if re.search(r"return code (-|2[2-5]\d)", str(error)):  # killed by a signal: -9, or 256 - 9, by the way it came
         return of_server
     for record in server_log:
         if record["levelname"] != "ERROR":
@@ -40,7 +44,7 @@ def reason_of_failure(args: argparse.Namespace, error: Exception) -> str:
 def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     """Say which site's script failed, by how the scripts ended; return "" if none did, as far as it is known here."""
     lost = missing_sites(args.run_folder)  # the job went on without them
-    # In prod, a site's name may be in no flag.
+    # A federation's sites have names of their own. Those that sent a log have a folder in the results.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
     # NVFlare 2.9.0 itself kills the scripts of a job that failed and, with fewer --num_threads than sites, idle ones at
     # the end. In prod, the end of a log may be missing. In these cases, a killed script says nothing.
@@ -93,7 +97,9 @@ def end_of_script(log: list[dict]) -> str:
 
 def dead_process(run_folder: Path) -> str:
     """Say which simulated site's process died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
-    died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"  # as the server logs it
+    # In the server's log: DATE TIME - SimulatorClientRunner - ERROR - Subprocess died for client site-2, exit code: -9
+    died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"
+    # In a site's: DATE TIME - ClientTaskWorker - ERROR - ClientTaskWorker run error: RuntimeError: Could not ...
     raised = (
         r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception|"
         r"ClientTaskWorker - ERROR - ClientTaskWorker run error(?=: RuntimeError)): (.*)"

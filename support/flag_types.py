@@ -54,7 +54,7 @@ def client_script(text: str) -> Path:
     except (SyntaxError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid Python: {error}") from error
     loaded = getattr(sys.modules.get(script.stem), "__file__", None)
-    if script.stem in RESERVED or loaded not in (None, str(script)):
+    if script.stem in RESERVED or loaded not in (None, str(script)):  # loaded: job.py imported such a module
         raise argparse.ArgumentTypeError(f"{text!r} has the name of a module that the job needs: rename the script")
     for module in MODULES:  # a job holds one module of each name
         beside = script.with_name(module)

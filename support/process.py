@@ -55,7 +55,7 @@ def ended_by_signals() -> Iterator[None]:
     def stop(number, frame):
         stopped.code = stopped.code or 128 + number
         signal.signal(signal.SIGALRM, stop)
-        signal.alarm(1)  # raise it each second until it gets through: Python drops it in a callback of os.fork, say
+        signal.alarm(1)  # raise it again each second: Python drops what is raised in a callback of os.fork, say
         raise stopped
 
     if threading.current_thread() is threading.main_thread():  # where Python handles signals; ignored ones stay so
@@ -72,7 +72,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def processes_of(run_folder: Path) -> list[psutil.Process]:
-    """Return the processes of a run, whoever started them, but not this one: its environment began without the mark."""
+    """Return the processes of a run, whoever started them, but not this one, which was started without the mark."""
     processes = psutil.process_iter(["environ"], ad_value={})  # {}: another user's, or one that has ended
     return [process for process in processes if process.info["environ"].get(RUN_VARIABLE) == str(run_folder)]
 

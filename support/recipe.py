@@ -20,11 +20,11 @@ NAME_SLOW_AFTER = 120  # seconds after which the server names a site that is sti
 
 def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
     """Send the script's modules. Let the server report rounds, refuse bad models and go on without lost sites."""
-    check_model(create_model(args.seed).state_dict())  # the server will call create_model
+    check_model(create_model(args.seed).state_dict())  # as the server will make it
     send_along(recipe, args)  # comes first: adding a file makes NVFlare 2.9.0 create the executor that is changed below
     spare = args.n_clients - args.min_sites  # so many sites a round may lack
     job = recipe._job  # private, but NVFlare 2.9.0's own recipe.utils use it, too
-    job.job.min_clients = args.n_clients  # the job begins with all sites
+    job.job.min_clients = args.n_clients  # to begin; then Rounds lowers it to min_sites
     server_app = job._deploy_map["server"].app_config
     fedavg = server_app.workflows[0].controller
     fedavg.start_round = args.first_round - 1

@@ -47,7 +47,8 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
                 raise JobFailed(f"the model {model} was evaluated on {count} of {args.min_sites} sites")
     name, mode = KEY_METRIC
     global_models = []
-    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")  # the one that tested it
+    # NVFlare names the round that tested the model, counted from 0. So many rounds had made it.
+    best_round = read_json(folder / "metrics" / "metrics_summary.json").get("best_round")
     for model, round in ((FINAL_MODEL, final_round), (BEST_MODEL, best_round)):
         values = [metrics[name] for metrics in models.get(model, {}).values() if name in metrics]
         if values:

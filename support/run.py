@@ -35,7 +35,7 @@ class Run:
         self.stack = contextlib.ExitStack()  # of what begin opens, and guarded closes
 
     def begin(self, data: dict) -> None:
-        """Take the workspace, say what the sites train on (what prepare_data returned), and rename an earlier run."""
+        """Take the workspace, show what the sites train on (`data` is prepare_data's), and rename an earlier run."""
         self.begun = True
         if self.args.export:
             return
@@ -58,6 +58,7 @@ def guarded(args: argparse.Namespace) -> Iterator[Run]:
     """Guard a run. What fails ends in one line, with status 1, or 2 for a ValueError before the run begins."""
     run = Run(args)
     try:
+        # At the end, from right to left: ignore signals, kill the run's processes, restore this process.
         with process_as_it_was(), run.stack, ended_by_signals():
             yield run
             print(end="", flush=True)  # if standard output can't be written, this fails here

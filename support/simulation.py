@@ -63,8 +63,10 @@ class SimEnv(nvflare.recipe.SimEnv):
         (shutdown_timeout) for scripts that are still training.
         """
         while not over.wait(1):
-            failed = read_lost_sites(self.run_folder) and not over.wait(PATIENCE)
-            if failed or dead_process(self.run_folder):
+            lost = read_lost_sites(self.run_folder)
+            if lost and over.wait(PATIENCE):
+                break
+            if lost or dead_process(self.run_folder):
                 kill_processes_of(self.run_folder)
 
 

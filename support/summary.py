@@ -50,10 +50,10 @@ def describe_site(args: argparse.Namespace, site: str) -> dict:
 
 
 def print_samples(sites: dict[str, dict]) -> None:
-    few = all(len(has["class_counts"]) <= MOST_COLUMNS - 2 for has in sites.values())  # one block of columns
+    fits = all(len(samples["class_counts"]) <= MOST_COLUMNS - 2 for samples in sites.values())  # in one block
     rows = {
-        site: {"test": has["test_size"], "train": has["train_size"], **(has["class_counts"] if few else {})}
-        for site, has in sites.items()
+        site: {"test": samples["test_size"], "train": samples["train_size"]} | (samples["class_counts"] if fits else {})
+        for site, samples in sites.items()
     }
     first, *others = rows.values()
     if all(row == first for row in others):
@@ -138,7 +138,7 @@ def print_summary(report: dict) -> None:
     elif settings["evaluates"]:
         print(f"WARNING: no site reported {name} as a finite number, and so no model is called the best.")
     print(f"\nTensorBoard:\n  {report['tensorboard_command']}")
-    if settings["train_script"] == HERE / "client.py" and not settings["initial_ckpt"]:  # a run may rename its folder
+    if settings["train_script"] == HERE / "client.py" and not settings["initial_ckpt"]:  # which the next run may rename
         command = f"{settings['command']} --train_script client_with_eval.py"
         print(f"\nHow good is the model? Train again, and test it:\n  {command}")
 

@@ -9,7 +9,7 @@ from support.on_site.run_script import in_one_line
 HERE = Path(__file__).resolve().parent.parent
 JOB_NAME = "hello-pt"
 MODULES = ["model.py", "data.py", "cifar10.py"]  # that a job holds beside the client script
-CONTROLS = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0a-\x1a\x1c-\x1f\x7f-\x9f]")  # but not tabs and colours
+CONTROLS = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0a-\x1a\x1c-\x1f\x7f-\x9f]")  # all but tabs and colours
 
 
 class JobFailed(Exception):
@@ -23,7 +23,10 @@ def one_line(text: str, most: int = 300) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception in one line: type, text, place. Of our own, OSErrors without errno, return the text alone."""
+    """Return an exception in one line: type, text and place; or the text alone, if it is a message of ours.
+
+    Ours are OSErrors without an errno, such as DataError. Libraries raise three kinds of it without an errno, too.
+    """
     ours = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, TimeoutError, URLError))
     text = str(error) if ours and error.errno is None else ""
     return one_line(text or in_one_line(error), most=1_000)

@@ -15,6 +15,7 @@ from support.text import CONTROLS, JobFailed
 LOGIN_TIMEOUT = 20  # seconds
 LOST_AFTER = 60  # seconds without a connection
 SITES_WITHIN = 60  # seconds in which enough sites must be there
+STATS_WITHIN = 120  # seconds after which a job whose server gives no more stats is aborted
 
 
 def follow_and_fetch(job_id: str, user: str, kit: str, args: argparse.Namespace) -> str:
@@ -91,9 +92,9 @@ class Follower:
         sites = [client.name for client in system.client_info]
         if not waiting:
             self.show_logs(session, sites)
-            # No stats for two minutes: the job has ended at all sites but a lost one, for which NVFlare 2.9.0 waits
-            # 600 s. Abort it, to get the results. The other sites' scripts have had their 60 s after the last round.
-            if self.last_stats and self.last_answer - self.last_stats > 2 * LOST_AFTER:
+            # Without stats, the job has ended at all sites but a lost one, for which NVFlare 2.9.0 waits 600 s. Abort
+            # it, to get the results. The other sites' scripts have had their 60 s after the last round.
+            if self.last_stats and self.last_answer - self.last_stats > STATS_WITHIN:
                 session.abort_job(job_id)
         elif len(sites) < self.args.n_clients and self.last_answer - self.start > SITES_WITHIN:
             self.problem = f"after {SITES_WITHIN} s, only {len(sites)} of {self.args.n_clients} sites are there"
@@ -108,20 +109,23 @@ class Follower:
             said = session.show_stats(self.job_id, "server")["server"]["rounds"]["said"]
             self.last_stats = time.monotonic()
         if self.streams:
-            logs = {}
             try:
-                for place in ("server", *sites):  # asked for all at once, NVFlare 2.9.0 leaves live logs out
-                    logs[place] = session.get_job_logs(self.job_id, place, log_file_name="log.json")["logs"].get(place)
-                self.show_records(parse_log("\n".join(filter(None, logs.values()))))
-                for site in sites:
-                    if logs[site] is None and f"{site}  round" in (logs["server"] or ""):
-                        self.show_once(f"{site} sends no log, which its operator may have forbidden")
-                return
+                self.show_streamed_logs(session, sites)
             except AuthorizationError:  # by NVFlare 2.9.0's default, only a project_admin may
                 self.streams = False
                 self.show_once("you may not read the job's logs, and so what the sites print isn't shown")
-        for line in said:
-            self.show_once(CONTROLS.sub("", line))
+        if not self.streams:  # the server's log has these lines, too
+            for line in said:
+                self.show_once(CONTROLS.sub("", line))
+
+    def show_streamed_logs(self, session: Session, sites: list[str]) -> None:
+        logs = {}
+        for place in ("server", *sites):  # asked for all at once, NVFlare 2.9.0 leaves live logs out
+            logs[place] = session.get_job_logs(self.job_id, place, log_file_name="log.json")["logs"].get(place)
+        self.show_records(parse_log("\n".join(filter(None, logs.values()))))
+        for site in sites:
+            if logs[site] is None and f"{site}  round" in (logs["server"] or ""):
+                self.show_once(f"{site} sends no log, which its operator may have forbidden")
 
     def show_records(self, records: list[dict]) -> None:
         """Show what is new in logs, in its order in time."""

@@ -118,7 +118,8 @@ class Rounds(FLComponent):
         """Say and keep that a site is missing or back, unless its last event says so already."""
         self.at_work.pop(site, None)
         events = self.lost.setdefault(site, [])
-        if events and (events[-1][0] == "came back") == (what == "came back"):
+        was_missing = bool(events) and events[-1][0] != "came back"
+        if was_missing == (what != "came back"):
             return
         events.append([what, self.place, why])
         self.say(f"{site}  {self.place}  {what}{why and f': {why}'}")

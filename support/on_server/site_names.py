@@ -17,8 +17,9 @@ class SiteNames(FLComponent):
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.START_RUN:  # on the server, whose process also starts the sites, a second later
+        if event_type == EventType.START_RUN:  # of the server, whose process also starts the sites' processes
             own = threading.local()
+            # A property of the class comes before an attribute of its objects. Each thread finds its own copy there.
             SimulatorClientRunner.build_ctx = property(
                 fget=lambda runner: vars(own).setdefault("build_ctx", dict(vars(runner)["build_ctx"])),
                 fset=lambda runner, shared: vars(runner).update(build_ctx=shared),

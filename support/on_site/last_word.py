@@ -18,8 +18,8 @@ class LastWord(FLComponent):
     server.
 
     If the site's process for this job ends with a failure, NVFlare ends the job, and doesn't say which site failed.
-    NVFlare's client reads the process's exit code from a file. This puts 0 there, and rounds.py decides whether the
-    job goes on.
+    If there is a file with an exit code, NVFlare's client reads that in place of the process's own. So this writes
+    one with 0, and rounds.py decides whether the job goes on.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

@@ -30,7 +30,8 @@ def main() -> None:
     sys.path[0] = str(Path(script).resolve().parent)  # where the script's own modules are
     watch_calls()
     try:
-        with open(os.devnull) as sys.stdin:  # nobody answers a script that asks
+        with open(os.devnull) as nothing:
+            sys.stdin = nothing  # nobody answers a script that asks
             runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code or 0
@@ -91,7 +92,7 @@ def in_plain_types(model: flare.FLModel) -> flare.FLModel:
     NVFlare 2.9.0 drops such weights, and fails to send or to save numbers that are tensors or NumPy's.
     """
     if isinstance(model.params, dict):
-        import torch  # here: NVFlare 2.9.0's simulator imports this module, and fails if torch comes so early
+        import torch  # here: NVFlare 2.9.0's simulator imports console.py, and so this, and fails if torch is so early
 
         model.params = {name: torch.as_tensor(value) for name, value in model.params.items()}
     for numbers in (model.metrics or {}, model.meta or {}):
