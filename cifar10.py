@@ -39,7 +39,7 @@ class Images(Dataset):
     __getitems__ = __getitem__  # DataLoader gives it a batch's indices: one look-up a batch, not one an image
 
     def first(self, count: int | None) -> "Images":
-        """Return the first images, or all."""
+        """Return the first `count` images, or all."""
         return Images(self.images[:count], self.targets[:count], self.classes)
 
 
@@ -57,7 +57,7 @@ def load_cifar10(root: Path) -> tuple[Images, Images]:
                     parts = download_and_decode(root)
                     torch.save(parts, unfinished := root / f"{DECODED_FILE}.unfinished")
                     unfinished.replace(root / DECODED_FILE)
-        except DataError:
+        except DataError:  # an OSError, too
             raise
         except (OSError, RuntimeError) as error:
             if not (root / BATCHES_FOLDER).is_dir():

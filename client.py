@@ -60,7 +60,7 @@ def main():
         writer = SummaryWriter()  # (5) its points go to the server
 
         while flare.is_running():  # (6) wait for the next task; False when the job has ended
-            global_model = flare.receive()  # (7) what came with it: the global model
+            global_model = flare.receive()  # (7) what came with it, such as the global model
             model.load_state_dict(global_model.params)  # (8) start from its weights
             current_round, end = global_model.current_round, global_model.start_round + global_model.total_rounds  # (9)
             train_loader = make_loader(train_set, args.batch_size, shuffle_by=(args.seed, site_name, current_round))

@@ -11,7 +11,7 @@ from nvflare.client.tracking import SummaryWriter  # (2) in place of torch.utils
 from data import add_data_flags, load_data, make_loader
 from model import compute_metrics, create_model, criterion
 
-LOCAL_MODEL = Path("local_model.pt")  # in the site's own folder: each task may have a new process
+LOCAL_MODEL = Path("local_model.pt")  # in the site's own folder, for a later task, which may come to a new process
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,7 +72,7 @@ def main():
         test_loader = make_loader(test_set, batch_size=1000)
         writer = SummaryWriter()  # (5) its points go to the server
         while flare.is_running():  # (6) wait for the next task; False when the job has ended
-            global_model = flare.receive()  # (7) what came with it: the global model
+            global_model = flare.receive()  # (7) what came with it, such as the global model
             if flare.is_submit_model():  # (13) the server wants this site's latest local model
                 params = torch.load(LOCAL_MODEL) if LOCAL_MODEL.exists() else {}  # {}: this site was never drawn
                 flare.send(flare.FLModel(params=params))  # (14)

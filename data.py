@@ -1,6 +1,6 @@
 """What a site trains on. To use data of your own, replace the four functions that job.py and the clients call.
 
-job.py calls add_data_flags, prepare_data and load_data; the clients call add_data_flags, load_data and make_loader.
+The clients call add_data_flags, load_data and make_loader. job.py calls prepare_data, and support/ the first two.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from cifar10 import DATA_ROOT, DataError, load_cifar10, synthetic_images
 
-ALPHA = 0.5  # the default of --alpha
+ALPHA = 0.5  # in place of --alpha. argparse doesn't know it, so that prepare_data sees whether --alpha was given
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     flag("--data_root", default=DATA_ROOT, metavar="DIR", help="of CIFAR-10; {site}: its name (default: %(default)s)")
     flag("--train_size", type=int, metavar="N", help="use only so many training images (default: all)")
     flag("--test_size", type=int, metavar="N", help="use only so many test images (default: all)")
-    flag("--split", choices=["same", "iid", "dirichlet"], default="same", help="a site's share (default: same, all)")
+    flag("--split", choices=["same", "iid", "dirichlet"], default="same", help="a site's share; same, the default: all")
     flag("--alpha", type=float, metavar="X", help="skew of dirichlet, small is strong (default: 0.5)")
 
 
@@ -42,7 +42,7 @@ def prepare_data(args: argparse.Namespace) -> dict:
     if args.split != "same" and args.train_size and args.train_size < len(args.sites):
         raise ValueError(f"--split {args.split} needs an image a site: --train_size {args.train_size} is too few")
     dataset, data_root, warning = args.dataset, args.data_root, ""
-    if args.env == "prod" or args.export:
+    if args.env == "prod" or args.export:  # the images are on the sites, not here
         if data_root[:1] not in ("/", "~", "$"):
             raise ValueError("--data_root is on the sites: begin it with /, ~ or $")
         if dataset == "auto":

@@ -34,8 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num_rounds", type=count, default=2, metavar="N", help="federated rounds (default: %(default)s)")
     flag("--first_round", type=count, default=1, metavar="N", help="with --initial_ckpt: number of the next round")
     flag("--clients_per_round", type=count, metavar="N", help="sites that a round draws at random (default: all)")
-    flag("--min_sites", type=count, metavar="N", help="poc, prod: go on while N sites are left (default: all)")
-    flag("--num_threads", type=count, metavar="N", help="sites that train at the same time (default: all)")
+    flag("--min_sites", type=count, metavar="N", help="not sim: go on while N sites are left (default: all)")
+    flag("--num_threads", type=count, metavar="N", help="sim: sites that train at the same time (default: all)")
     flag("--train_script", type=types.client_script, default=CLIENT, metavar="F", help="default: client.py")
     flag("--train_args", type=shlex.split, default="", metavar="STRING", help='its flags: --train_args="--flag value"')
     flag("--cross_site_eval", action="store_true", help="at the end, test every site's model on every site's data")
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr", type=types.within(float, 1e-9, 100), default=0.01, metavar="X", help="learning rate (default: 0.01)")
     flag("--seed", type=types.within(int, 0, 2**32 - 1), default=0, metavar="N", help="random seed (default: 0)")
     flag("--initial_ckpt", type=types.checkpoint, metavar="FILE", help="start from saved weights")
-    flag("--gpu", type=types.gpu_groups, default=[], metavar="SPEC", help="GPUs of the sites, such as 0 or 0,1")
+    flag("--gpu", type=types.gpu_groups, default=[], metavar="SPEC", help="sim: GPUs of the sites, such as 0 or 0,1")
     flag("--env", choices=["sim", "poc", "prod"], default="sim", help="see docs/real-sites.md (default: %(default)s)")
     flag("--startup_kit", type=Path, metavar="DIR", help="your admin startup kit, for --env prod")
     flag("--enable_log_streaming", action="store_true", help="prod, --export: sites send their logs to the server")
@@ -63,7 +63,7 @@ def make_recipe(args: argparse.Namespace, data: dict) -> FedAvgRecipe:
         num_rounds=args.num_rounds,
         train_script=str(args.train_script),
         train_args=arguments.script_flags(args, data),
-        launch_external_process=True,  # each script is a process of its own, which support/ starts and watches
+        launch_external_process=True,  # each script is a process of its own, run by support/on_site/run_script.py
         launch_timeout=3600,  # seconds until the script calls flare.init
         shutdown_timeout=60,  # seconds for what the script does after the last round
         key_metric=key_metric,
@@ -74,7 +74,7 @@ def make_recipe(args: argparse.Namespace, data: dict) -> FedAvgRecipe:
         add_cross_site_evaluation(recipe)
     elif args.evaluates:  # the script calls flare.is_evaluate
         add_final_global_evaluation(recipe)
-    add_guards(recipe, args)
+    add_guards(recipe, args)  # sets more of the recipe: see support/recipe.py
     return recipe
 
 

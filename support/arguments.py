@@ -34,7 +34,7 @@ def parse(parser: OneLineParser, argv: list[str] | None) -> argparse.Namespace:
         export: whether --export was given.
         evaluates: whether the client script evaluates models.
         run_folder: WORKSPACE/hello-pt.
-        earlier_run: the folder that an earlier run's run_folder becomes.
+        earlier_run: the path that an earlier run's folder will get.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -71,7 +71,7 @@ def complete(args: argparse.Namespace) -> None:
     moment = args.run_folder.lstat().st_mtime if args.run_folder.exists() else time.time()
     args.earlier_run = args.workspace / time.strftime(f"{JOB_NAME}-%Y-%m-%d-%H%M%S", time.localtime(moment))
     if args.initial_ckpt:
-        if args.run_folder in args.initial_ckpt.parents and not args.export:  # which the run will rename by then
+        if args.run_folder in args.initial_ckpt.parents and not args.export:  # run.begin will have renamed it
             args.initial_ckpt = args.earlier_run / args.initial_ckpt.relative_to(args.run_folder)
         # NVFlare 2.9.0 sends a checkpoint along only if its path is relative. A run works in HERE.
         args.initial_ckpt = os.path.relpath(args.initial_ckpt, os.getcwd() if args.export else HERE)

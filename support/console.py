@@ -9,7 +9,7 @@ from support.on_site.run_script import ENDED
 from support.text import CONTROLS
 
 TRAINER = "ExternalProcessBackend"  # NVFlare 2.9.0's logger of what a client script prints, and of a few lines more
-ROUNDS = "Rounds"  # our logger on the server
+ROUNDS = "Rounds"  # the class in on_server/rounds.py, and so its logger
 
 
 def is_printed(logger: str, level: str, message: str) -> bool:
@@ -33,7 +33,7 @@ class Console(logging.Handler):
     """Writes what is to be shown of a simulation to standard output. NVFlare applies it in each of its processes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logger = record.name.rpartition(".")[2]  # all that log.json has of it
+        logger = record.name.rpartition(".")[2]  # log.json has this part of the name alone
         text = to_show(logger, record.levelname, record.getMessage()) if logger in (TRAINER, ROUNDS) else None
         if text is not None:
             with contextlib.suppress(OSError):  # a closed output: job.py finds that out when it writes its summary

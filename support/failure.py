@@ -47,13 +47,13 @@ def failed_script(args: argparse.Namespace, job_failed: bool) -> str:
     # A federation's sites have names of their own. Those that sent a log have a folder in the results.
     sites = args.sites if args.env != "prod" else sorted({log.parent.name for log in log_files(args.run_folder, "*")})
     # NVFlare 2.9.0 itself kills the scripts of a job that failed and, with fewer --num_threads than sites, idle ones at
-    # the end. In prod, the end of a log may be missing. In these cases, a killed script says nothing.
-    kill_says_nothing = job_failed or args.num_threads < args.n_clients or args.env == "prod"
+    # the end. In prod, the end of a log may be missing. In these cases, a script that seems killed proves nothing.
+    kill_proves_nothing = job_failed or args.num_threads < args.n_clients or args.env == "prod"
     for site in (site for site in sites if site not in lost):
         log, see = find_log(args.run_folder, site)
         end = end_of_script(log)
         if end == KILLED:
-            end = "" if kill_says_nothing else f"{end}, or took longer than its 60 s after the last round"
+            end = "" if kill_proves_nothing else f"{end}, or took longer than its 60 s after the last round"
         if end:
             return f"{site} failed: {end}{see}"
     return ""
@@ -96,10 +96,10 @@ def end_of_script(log: list[dict]) -> str:
 
 
 def dead_process(run_folder: Path) -> str:
-    """Say which simulated site's process died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
+    """Say which process of a simulation died, or couldn't start: NVFlare 2.9.0 logs that, and waits forever."""
     # In the server's log: DATE TIME - SimulatorClientRunner - ERROR - Subprocess died for client site-2, exit code: -9
     died = r" - SimulatorClientRunner - ERROR - .* client ([\w-]+)"
-    # In a site's: DATE TIME - ClientTaskWorker - ERROR - ClientTaskWorker run error: RuntimeError: Could not ...
+    # In a process's own log: DATE TIME - MPM - ERROR - Execute exception: OSError: [Errno 98] Address already in use
     raised = (
         r" - (?:SimulatorClientRunner - ERROR - .*?|MPM - ERROR - Execute exception|"
         r"ClientTaskWorker - ERROR - ClientTaskWorker run error(?=: RuntimeError)): (.*)"

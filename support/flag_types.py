@@ -13,7 +13,7 @@ import torch
 from model import create_model
 from support.text import HERE, MODULES, describe, one_line
 
-RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # no names of scripts
+RESERVED = {"job", "data", "cifar10", "model", "support", *sys.stdlib_module_names}  # no script's name
 
 
 def within(kind: Callable, low: float, high: float) -> Callable:

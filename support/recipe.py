@@ -68,8 +68,8 @@ def check_model(weights: dict) -> None:
 
 def send_along(recipe: Recipe, args: argparse.Namespace) -> None:
     """Send the modules and packages that a client script needs, those beside it too."""
-    # NVFlare 2.9.0 starts custom/<script's name>. It copies a script to custom/ plus its path below an entry of
-    # sys.path: the script's own folder has to be one.
+    # NVFlare 2.9.0 starts custom/<script's name>, but copies a script to custom/ plus its path below an entry of
+    # sys.path. So its folder becomes an entry.
     sys.path.append(str(args.train_script.parent))
     for module in ["support/on_site/run_script.py", *MODULES]:
         recipe.add_client_file(str(HERE / module))

@@ -26,9 +26,9 @@ def read_results(args: argparse.Namespace, folder: Path) -> dict:
         models: the same of each model that was evaluated at the end, by its name.
         key_metric: {"name": ..., "mode": ...}, that of model.py.
         best_model: the better global model, by the mean of key_metric over the sites that have a number; None if none
-            has. `round` is the number of rounds that made it.
+            has. {"name": ..., the metric's name: the mean, "round": the number of rounds that made it}.
         lost_sites: of each site that was ever lost: [[what happened, at what stage, why], ...].
-        paths: of the global models' files, of TensorBoard's, and of all.
+        paths: of the global models' files, of TensorBoard's, and of the results' folder.
 
     Raises:
         JobFailed: a round or an evaluation is missing, which NVFlare 2.9.0's simulator may not report.

@@ -2,7 +2,7 @@
 
 - One run at a time in a workspace. Earlier results get another name, and none is ever deleted.
 - Whatever fails ends in one line.
-- However job.py ends, short of SIGKILL and SIGQUIT, no process of the run is left behind.
+- When job.py ends, by SIGINT, SIGTERM or SIGHUP too, no process of the run is left behind.
 """
 
 import argparse

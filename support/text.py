@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from urllib.error import URLError
 
 from support.on_site.run_script import in_one_line
 
@@ -25,8 +24,8 @@ def one_line(text: str, most: int = 300) -> str:
 def describe(error: BaseException) -> str:
     """Return an exception in one line: type, text and place; or the text alone, if it is a message of ours.
 
-    Ours are OSErrors without an errno, such as DataError. Libraries raise three kinds of it without an errno, too.
+    Ours are DataError, and plain OSErrors and ConnectionErrors without an errno.
     """
-    ours = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, TimeoutError, URLError))
+    ours = type(error) in (OSError, ConnectionError) or type(error).__name__ == "DataError"
     text = str(error) if ours and error.errno is None else ""
     return one_line(text or in_one_line(error), most=1_000)

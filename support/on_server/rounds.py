@@ -1,4 +1,4 @@
-"""How does a job get on? The server says it: rounds, reports, slow and lost sites. It seeds the drawing of sites."""
+"""How does a job get on? The server says which rounds begin, what sites report, and which are slow or lost."""
 
 import collections
 import json
@@ -36,8 +36,8 @@ class Rounds(FLComponent):
     """Say in the server's log how the rounds get on, and keep in lost_sites.json which sites were lost, and why.
 
     It reports a site to NVFlare as dead if the site says that it can't take part, or if its process for this job no
-    longer answers. Without that, NVFlare 2.9.0 waits 600 s for a silent client. It waits forever for a script that
-    ended before flare.init() or for a client that was started again, whose heartbeats go on without the job.
+    longer answers. Without that, NVFlare 2.9.0 waits 600 s for a silent client, and forever for a script that ended
+    before flare.init() or for a client that was started again, whose heartbeats go on without the job.
 
     Args:
         min_sites: how many of the sites must be left for the job to go on.
@@ -117,11 +117,12 @@ class Rounds(FLComponent):
     def note(self, site: str, fl_ctx: FLContext, what: str, why: str) -> None:
         """Say and keep that a site is missing or back, unless its last event says so already."""
         self.at_work.pop(site, None)
-        events = self.lost.setdefault(site, [])
+        events = self.lost.get(site, [])
         was_missing = bool(events) and events[-1][0] != "came back"
-        if was_missing == (what != "came back"):
+        is_missing = what != "came back"
+        if is_missing == was_missing:
             return
-        events.append([what, self.place, why])
+        self.lost[site] = [*events, [what, self.place, why]]
         self.say(f"{site}  {self.place}  {what}{why and f': {why}'}")
         run_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         Path(run_folder, "lost_sites.json").write_text(json.dumps(self.lost))
