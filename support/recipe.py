@@ -10,7 +10,7 @@ from nvflare.recipe.spec import Recipe
 
 from model import create_model
 from support.on_server.rounds import Rounds
-from support.on_server.site_names import SiteNames
+from support.on_server.site_starts import SiteStarts
 from support.on_server.whole_models import WholeGlobalModels, WholeLocalModels, WholeSubmittedModels
 from support.on_site.last_word import LastWord
 from support.text import HERE, MODULES, describe
@@ -52,7 +52,7 @@ def add_guards(recipe: Recipe, args: argparse.Namespace) -> None:
         job.to_clients(JobLogStreamer(log_file_name="log.json"))  # has what scripts print
         job.to_server(JobLogReceiver(dest_dir="."))
     if args.env == "sim" and not args.export:
-        job.to_server(SiteNames())
+        job.to_server(SiteStarts())
         # Sites ask for work each 0.2 s, not each 2 s.
         recipe.add_server_config({"server": {"task_request_interval": 0.2}})
 

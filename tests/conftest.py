@@ -273,21 +273,23 @@ def wait_for(file: Path, indent: int) -> str:
     return f"\n{' ' * indent}".join(lines)
 
 
-def slowed(folder: Path, function: str, caller: str, seconds: float) -> str:
-    """Write what makes each process wait whenever a caller of this name calls a function; return its PYTHONPATH.
+def slowed(folder: Path, *slow: tuple[str, str, str]) -> str:
+    """Write what makes each process wait when a function of this name has called a certain one; return its PYTHONPATH.
 
     Args:
-        function: of a module, such as "time.time".
+        slow: what is called, such as "time.time", the caller's name, and the seconds, a Python expression.
     """
+    code = ["import copy, os, random, socket, sys, time", "sleep = time.sleep"]
+    for number, (called, caller, seconds) in enumerate(slow):
+        code += [
+            f"fast_{number} = {called}",
+            f"def slow_{number}(*args):",
+            f"    value = fast_{number}(*args)",
+            f"    if sys._getframe(1).f_code.co_name == {caller!r}:",
+            f"        sleep({seconds})",
+            "    return value",
+            f"{called} = slow_{number}",
+        ]
     (folder / "python").mkdir()
-    (folder / "python" / "sitecustomize.py").write_text(  # which Python imports at the start of each process
-        f"import {function.partition('.')[0]}, sys\n"
-        "from time import sleep\n"
-        f"fast = {function}\n"
-        "def slow(*args):\n"
-        f"    if sys._getframe(1).f_code.co_name == {caller!r}:\n"
-        f"        sleep({seconds})\n"
-        "    return fast(*args)\n"
-        f"{function} = slow\n"
-    )
+    (folder / "python" / "sitecustomize.py").write_text("\n".join(code))  # Python imports it at a process's start
     return str(folder / "python")

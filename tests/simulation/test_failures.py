@@ -72,7 +72,7 @@ def test_process_that_cannot_start_since_another_program_took_its_port_ends_the_
 
 
 def test_processes_that_cannot_reach_the_server_in_nvflares_ten_seconds_end_the_run(workspace):
-    python = slowed(workspace.parent, "time.time", "_create_client", 3)  # before a process connects
+    python = slowed(workspace.parent, ("time.time", "_create_client", "3"))  # before a process connects
     job = start_job(workspace, *ENDLESS, PYTHONPATH=python)
     log = workspace / "hello-pt" / "site-2" / "log.txt"
     wait_until(lambda: log.exists() and "ClientTaskWorker started to run" in log.read_text(), job)

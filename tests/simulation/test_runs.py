@@ -69,13 +69,21 @@ def test_next_runs_keep_what_earlier_ones_left_the_failed_ones_too(workspace):
 
 
 def test_sites_that_start_at_the_same_moment_keep_their_names(workspace):
-    python = slowed(workspace.parent, "copy.deepcopy", "do_one_task", 2)  # between NVFlare's naming and sending
+    python = slowed(workspace.parent, ("copy.deepcopy", "do_one_task", "2"))  # between NVFlare's naming and sending
     run = succeed(workspace, *SMALL, "--n_clients", "3", PYTHONPATH=python)
     sites = {"site-1", "site-2", "site-3"}
     assert {folder.name for folder in (run.results / "tb_events").iterdir()} == sites
     for site in sites:
         names = re.findall(r"identity=(site-\d)", (run.folder / site / "log.txt").read_text())
         assert set(names) == {site}
+
+
+def test_sites_that_start_at_the_same_moment_keep_their_ports(workspace):
+    # A site's port is looked for while another site's process starts, which for a moment has all that this process has.
+    looked_for = ("socket.socket.listen", "get_open_ports", "2 * random.random()")
+    python = slowed(workspace.parent, looked_for, ("os.setsid", "_execute_child", "0.7 * (os.getpid() % 2)"))
+    run = finish(start_job(workspace, *SMALL, "--n_clients", "4", PYTHONPATH=python), workspace)
+    assert (run.status, run.errors) == (0, "")
 
 
 # ---- One run at a time ----
