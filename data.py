@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from cifar10 import DATA_ROOT, DataError, load_cifar10, synthetic_images
 
-ALPHA = 0.5  # in place of --alpha. argparse doesn't know it, so that prepare_data sees whether --alpha was given
+ALPHA = 0.5  # if --alpha isn't given. argparse doesn't know it, so that prepare_data sees whether it was
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
